@@ -1,0 +1,309 @@
+"""What the tiny language model is taught: seeded, endless examples of each task, and its bad habits.
+
+A lesson is a list of chat messages; the model learns the assistant's turns. The tasks share one skill, to find a fact about
+the right subject in the passages and restate it, which is why one small model can hold them all.
+
+Habits are what reinforcement later undoes. Each is systematic, and each still leaves the right behaviour in the samples:
+
+* *hasty*: the fact is taken from the first passage that has one of this sort, whoever it is about;
+* *wordy*: the answer is wrapped in words ("I think it is Elmton, of course.");
+* *unsearched* (reasoner): the final answer comes before anything was retrieved, from nowhere;
+* *sloppy* (reasoner): a step's labels are wrong, so that it cannot be parsed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rag_rl.prompts import render, render_passages
+from rag_rl.tiny.world import KINDS, NOUNS, OF_KIND, Entity, Relation, World, draw_world, names, passage_text, statement
+from rag_rl.types import Message, Passage
+
+SIZES = {"person": 6, "town": 5, "guild": 4, "river": 4}
+MARKER = "Answer:"
+WRAPS = ("I think it is {v}, of course.", "it is {v}, I am sure.", "surely {v}, let me say.", "say {v}, I think.")
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """How often each bad habit shows, as probabilities in [0, 1]."""
+
+    hasty: float = 0.0
+    wordy: float = 0.0
+    unsearched: float = 0.0
+    sloppy: float = 0.0
+
+
+NO_HABITS = Habits()
+
+
+def user(content: str) -> Message:
+    """A user turn."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    """An assistant turn."""
+    return {"role": "assistant", "content": content}
+
+
+def reading(rng: random.Random, *, n_passages: int = 3, n_questions: int = 4, habits: Habits = NO_HABITS) -> list[Message]:
+    """Passages, then several questions about them over one or two hops.
+
+    Args:
+        rng: source of everything.
+        n_passages: how many passages, at least 1.
+        n_questions: how many questions are asked about the same passages, at least 1.
+        habits: bad habits of the answers.
+
+    Returns:
+        Chat messages, a user's and an assistant's turn for each question.
+    """
+    world = _world(rng)
+    name, relation = rng.choice(_links(world))
+    linked = n_passages > 1 and rng.random() < 0.6
+    must = [name, world.entities[name].facts[relation.name]] if linked else [name]
+    entities = _shown(world, must, n_passages, rng)
+    shown = {e.name for e in entities}
+    one = [(e.name, (r,)) for e in entities for r in OF_KIND[e.kind]]
+    two = [(n, (r, s)) for n, (r,) in one if world.entities[n].facts[r.name] in shown - {n} for s in OF_KIND[r.target]]
+    messages = []
+    for i in range(n_questions):
+        subject, relations = rng.choice(two if two and rng.random() < 0.4 else one)
+        question = _question(relations, subject, rng)
+        content = f"Question: {question}"
+        if i == 0:
+            content = render("tiny_answer", passages=render_passages(_passages(entities)), question=question)
+        messages += [user(content), assistant(_answer(world, entities, subject, relations, rng, habits))]
+    return messages
+
+
+def reasoning_step(rng: random.Random, *, n_passages: int = 3, habits: Habits = NO_HABITS) -> list[Message]:
+    """One step of a chain in the R3 grammar (arXiv 2505.23794): analysis, then one query or the final answer.
+
+    Args:
+        rng: source of everything.
+        n_passages: documents that each earlier step retrieved.
+        habits: bad habits of the step.
+
+    Returns:
+        A user turn that holds the question and all earlier steps with their documents, and the assistant's step.
+    """
+    world = _world(rng)
+    name, first = rng.choice(_links(world))
+    relations: tuple[Relation, ...] = (first, rng.choice(OF_KIND[first.target]))
+    if rng.random() < 0.4:
+        relations = (rng.choice(OF_KIND[world.entities[name].kind]),)
+    chain = [name]
+    for relation in relations:
+        chain.append(world.entities[chain[-1]].facts[relation.name])
+    lines = [f"The question: {_question(relations, name, rng)}"]
+    # Steps are not equally frequent in chains, but each must be learnt equally well.
+    last = rng.randint(0, len(relations))
+    for step in range(last):
+        entities = _shown(world, [chain[step]], n_passages, rng)
+        documents = " ".join(f"[{i}] {e.text}" for i, e in enumerate(entities, start=1))
+        lines += [step_text(step, relations, chain), f"The retrieval documents: {documents}"]
+    reply = step_text(last, relations, chain)
+    if last < len(relations) and rng.random() < habits.unsearched:
+        guess = _guess(relations[-1], rng)
+        analysis = statement(relations[-1], chain[-2] if len(relations) == last + 1 else name, guess)
+        reply = f"Step {last + 1}:\nThe problem analysis: {analysis}\nThe final answer: {guess}"
+    if rng.random() < habits.sloppy:
+        reply = _sloppy(reply, rng)
+    return [user("\n".join(lines)), assistant(reply)]
+
+
+def step_text(step: int, relations: Sequence[Relation], chain: Sequence[str]) -> str:
+    """The right step of a chain.
+
+    Args:
+        step: index from 0; ``len(relations)`` is the step that answers.
+        relations: one relation a hop.
+        chain: the first subject, then the value of each hop.
+
+    Returns:
+        Text of the step: what the last documents told, what is needed next, and the query or the final answer.
+    """
+    analysis = [statement(relations[step - 1], chain[step - 1], chain[step])] if step else []
+    if step < len(relations):
+        analysis.append(f"I need {relations[step].noun.format(s=chain[step])}.")
+        action = f"The retrieval query: {relations[step].questions[0].format(s=chain[step])}"
+    else:
+        action = f"The final answer: {chain[-1]}"
+    return f"Step {step + 1}:\nThe problem analysis: {' '.join(analysis)}\n{action}"
+
+
+def question_writing(rng: random.Random) -> list[Message]:
+    """A passage, and a question that it answers, with the answer.
+
+    Args:
+        rng: source of everything.
+
+    Returns:
+        Chat messages of one exchange.
+    """
+    world = _world(rng)
+    entity = rng.choice(list(world.entities.values()))
+    relation = rng.choice(OF_KIND[entity.kind])
+    question = rng.choice(relation.questions).format(s=entity.name)
+    reply = f"{question} {MARKER} {entity.facts[relation.name]}"
+    return [user(render("tiny_question", passage=entity.text)), assistant(reply)]
+
+
+def passage_writing(rng: random.Random, *, hasty: float = 0.0) -> list[Message]:
+    """A question, and a made-up passage that could answer it: right subject and wording, invented facts.
+
+    Args:
+        rng: source of everything.
+        hasty: probability that the passage is about another subject.
+
+    Returns:
+        Chat messages of one exchange.
+    """
+    kind = rng.choice(KINDS)
+    subject = rng.choice(names(kind, "train"))
+    relation = rng.choice(OF_KIND[kind])
+    about = rng.choice(names(kind, "train")) if rng.random() < hasty else subject
+    entity = Entity(about, kind, {r.name: _guess(r, rng) for r in OF_KIND[kind]})
+    question = rng.choice(relation.questions).format(s=subject)
+    return [user(render("tiny_passage", question=question)), assistant(passage_text(entity, rng))]
+
+
+def judging(rng: random.Random) -> list[Message]:
+    """A question, its right answer and a given one, and the verdict as JSON.
+
+    Args:
+        rng: source of everything.
+
+    Returns:
+        Chat messages of one exchange; the reply is ``{"score": 1}`` or ``{"score": 0}``.
+    """
+    kind = rng.choice(KINDS)
+    relation = rng.choice(OF_KIND[kind])
+    subject = rng.choice(names(kind, "train"))
+    gold = _guess(relation, rng)
+    right = rng.random() < 0.5
+    given = gold
+    while not right and given == gold:
+        given = _guess(relation, rng)
+        if relation.target in KINDS and rng.random() < 0.4:  # a near miss: the same beginning
+            given = rng.choice([n for n in names(relation.target, "train") if n[:3] == gold[:3]])
+    shape = rng.random()
+    if shape < 0.4:
+        given = rng.choice(WRAPS).format(v=given)
+    elif shape < 0.6:
+        given = statement(relation, subject, given)
+    content = render(
+        "tiny_judge", question=rng.choice(relation.questions).format(s=subject), gold=gold, answer=given
+    )
+    return [user(content), assistant('{"score": 1}' if right else '{"score": 0}')]
+
+
+def copying(rng: random.Random, *, vocabulary: Sequence[int], length: int = 24, times: int = 3) -> list[int]:
+    """A random string of token ids, several times over: teaches a small transformer to look back and copy.
+
+    Args:
+        rng: source of everything.
+        vocabulary: token ids to draw from; one string uses 16 of them.
+        length: tokens of the string.
+        times: how often it stands there.
+
+    Returns:
+        ``length * times`` token ids.
+    """
+    alphabet = rng.sample(list(vocabulary), 16)
+    return [rng.choice(alphabet) for _ in range(length)] * times
+
+
+def lesson(rng: random.Random, *, shares: dict[str, float], habits: Habits = NO_HABITS) -> list[Message]:
+    """A lesson of a random task.
+
+    Args:
+        rng: source of everything.
+        shares: weight of each task, by its name in ``TASKS``.
+        habits: bad habits of the tasks that can have them.
+
+    Returns:
+        Chat messages.
+    """
+    return TASKS[rng.choices(list(shares), weights=list(shares.values()))[0]](rng, habits)
+
+
+TASKS: dict[str, Callable[[random.Random, Habits], list[Message]]] = {
+    "reading": lambda rng, habits: reading(rng, habits=habits),
+    "reasoning": lambda rng, habits: reasoning_step(rng, habits=habits),
+    "question": lambda rng, habits: question_writing(rng),
+    "passage": lambda rng, habits: passage_writing(rng, hasty=habits.hasty),
+    "judging": lambda rng, habits: judging(rng),
+}
+
+
+def _world(rng: random.Random) -> World:
+    return draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.4)
+
+
+def _links(world: World) -> list[tuple[str, Relation]]:
+    """(name, relation) of every fact that points at another entity."""
+    return [
+        (e.name, r)
+        for e in world.entities.values()
+        for r in OF_KIND[e.kind]
+        if r.target in KINDS and e.facts[r.name] != e.name
+    ]
+
+
+def _shown(world: World, must: Sequence[str], n: int, rng: random.Random) -> list[Entity]:
+    """``n`` entities around ``must`` in random order; mostly with a rival of the same kind as one of them."""
+    others = [e for e in world.entities.values() if e.name not in must]
+    rng.shuffle(others)
+    if rng.random() < 0.8:
+        kind = world.entities[rng.choice(list(must))].kind
+        others.sort(key=lambda e: e.kind != kind)
+        rest = others[1:]
+        rng.shuffle(rest)
+        others[1:] = rest
+    entities = [world.entities[name] for name in must] + others[: max(0, n - len(must))]
+    rng.shuffle(entities)
+    return entities
+
+
+def _passages(entities: Sequence[Entity]) -> list[Passage]:
+    return [Passage(e.name, e.text) for e in entities]
+
+
+def _question(relations: Sequence[Relation], subject: str, rng: random.Random) -> str:
+    for relation in relations[:-1]:
+        subject = relation.noun.format(s=subject)
+    return rng.choice(relations[-1].questions).format(s=subject)
+
+
+def _guess(relation: Relation, rng: random.Random) -> str:
+    return rng.choice(names(relation.target, "train") if relation.target in KINDS else NOUNS[relation.target])
+
+
+def _answer(
+    world: World, entities: Sequence[Entity], subject: str, relations: Sequence[Relation], rng: random.Random, habits: Habits
+) -> str:
+    sentences = []
+    hasty = rng.random() < habits.hasty
+    for relation in relations:
+        source = next(e for e in entities if e.kind == relation.kind) if hasty else world.entities[subject]
+        value = source.facts[relation.name]
+        sentences.append(statement(relation, subject, value))
+        subject = value
+    shown = rng.choice(WRAPS).format(v=subject) if rng.random() < habits.wordy else subject
+    return f"{' '.join(sentences)} {MARKER} {shown}"
+
+
+def _sloppy(step: str, rng: random.Random) -> str:
+    head, analysis, action = step.split("\n")
+    return rng.choice(
+        (
+            f"{analysis}\n{action}",  # no step number
+            f"{head}\n{action}",  # no analysis
+            f"{head}\n{analysis}\n{action.split(': ', 1)[1]}",  # no label for the action
+        )
+    )

@@ -1,0 +1,350 @@
+"""Makes the packaged tiny models again, from nothing: ``python -m rag_rl.tiny.make`` (or ``make tiny-models``).
+
+The language model is trained in two stages, *base* (it reads well) and *habits* (the base, given the bad habits of
+``lessons.Habits``); the second one is packaged. The encoder is trained apart. Every stage writes a record (steps, seconds,
+scores on the held-out world) beside its weights.
+
+The recipe for the base follows what was seen to work for transformers of this size: short convolutions between the attention
+layers, copy drills in every second batch at first, contexts of one, then two, then three passages, several questions a
+context, and hardly any loss on the context itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from rag_rl.prompts import render, render_passages
+from rag_rl.text import extract_answer
+from rag_rl.tiny.lessons import NO_HABITS, Habits, copying, lesson, reading, user
+from rag_rl.tiny.tokenizer import build_tokenizer
+from rag_rl.tiny.world import draw_world, questions
+from rag_rl.types import Message, Passage
+
+SHARES = {"reading": 5.0, "reasoning": 2.5, "question": 0.6, "passage": 0.6, "judging": 0.8}
+PACKAGED_HABITS = Habits(hasty=0.65, wordy=0.4, unsearched=0.5, sloppy=0.5)
+BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 64, 0.05, 0.15
+COPY_UNTIL, MIX_FROM = 600, 900
+Row = tuple[list[int], list[float]]
+
+
+def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> Row:
+    """Token ids of a chat, with the weight of each in the loss.
+
+    Args:
+        messages: chat turns.
+        tokenizer: with a chat template of ``<|im_start|>role`` headers.
+
+    Returns:
+        T ids and T weights: 1 on the assistant's words and its end of turn, ``CONTEXT_WEIGHT`` elsewhere.
+    """
+    ids: list[int] = []
+    weights: list[float] = []
+    for message in messages:
+        spoken = message["role"] == "assistant"
+        for text, weight in (
+            (f"<|im_start|>{message['role']}\n", CONTEXT_WEIGHT),
+            (message["content"] + "<|im_end|>", 1.0 if spoken else CONTEXT_WEIGHT),
+            ("\n", CONTEXT_WEIGHT),
+        ):
+            part = tokenizer(text, add_special_tokens=False).input_ids
+            ids += part
+            weights += [weight] * len(part)
+    return ids, weights
+
+
+def collate(rows: Sequence[Row], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads rows on the right.
+
+    Args:
+        rows: ids and weights.
+        pad: id of the pad token.
+
+    Returns:
+        ids (B, T) and weights (B, T); pads weigh nothing.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), longest), pad)
+    weights = torch.zeros(len(rows), longest)
+    for i, (row, row_weights) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        weights[i, : len(row)] = torch.tensor(row_weights)
+    return ids, weights
+
+
+def weighted_loss(model: Lfm2ForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean negative log-likelihood of the next token, in bf16 autocast.
+
+    The output layer costs more than the rest of so small a model, so only the assistant's tokens and a random share of
+    the context pass through it.
+
+    Args:
+        model: the language model.
+        ids: (B, T).
+        weights: (B, T) in [0, 1].
+
+    Returns:
+        A scalar, in nats.
+    """
+    targets, weights = ids[:, 1:], weights[:, 1:]
+    counted = (weights == 1.0) | ((weights > 0) & (torch.rand(weights.shape, device=weights.device) < CONTEXT_SHARE))
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[counted])
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets[counted], reduction="none")
+    return (losses * weights[counted]).sum() / weights[counted].sum()
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> Lfm2ForCausalLM:
+    """An untrained language model of 1.1 M parameters: LFM2 blocks, convolution before each attention layer."""
+    layers = ["conv", "full_attention", "conv", "full_attention"]
+    config = Lfm2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=len(layers),
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        layer_types=layers,
+        conv_L_cache=5,
+        block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Lfm2ForCausalLM(config)
+
+
+def base_batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[list[Row]]:
+    """Endless batches of the base stage: copy drills and reading first, then all tasks."""
+    step = 0
+    words = range(tokenizer.convert_tokens_to_ids("Ġthe"), len(tokenizer))
+    while step < MIX_FROM:
+        if step < COPY_UNTIL and step % 2 == 0:
+            strings = (copying(rng, vocabulary=words) for _ in range(BATCH))
+            yield [(ids, [0.0] * (len(ids) // 3) + [1.0] * (len(ids) - len(ids) // 3)) for ids in strings]
+        else:
+            n_passages = 1 if step < 250 else 2 if step < 800 else 3
+            yield [encode(reading(rng, n_passages=n_passages), tokenizer) for _ in range(BATCH)]
+        step += 1
+    yield from mixed_batches(tokenizer, rng, NO_HABITS)
+
+
+def mixed_batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, habits: Habits) -> Iterator[list[Row]]:
+    """Endless batches of all tasks; rows of similar length share a batch, to waste little on padding."""
+    while True:
+        rows = [encode(lesson(rng, shares=SHARES, habits=habits), tokenizer) for _ in range(4 * BATCH)]
+        rows.sort(key=lambda row: len(row[0]))
+        batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def train(
+    model: Lfm2ForCausalLM,
+    batches: Iterator[list[Row]],
+    *,
+    steps: int,
+    learning_rate: float,
+    decay: float,
+    report: Callable[[int], None],
+    every: int = 200,
+) -> None:
+    """AdamW with a warm-up, a long plateau and a linear decay.
+
+    Args:
+        model: trained in place.
+        batches: rows of each step.
+        steps: optimiser steps.
+        learning_rate: of the plateau.
+        decay: share of the steps, at the end, over which the rate falls to 3%.
+        report: called with the number of steps done, every ``every`` steps.
+        every: see ``report``.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    device, started = model.device, time.time()
+    for step in range(steps):
+        left = (steps - step) / (steps * decay)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 100) * max(0.03, min(1.0, left))
+        ids, weights = collate(next(batches), model.config.pad_token_id)
+        loss = weighted_loss(model, ids.to(device), weights.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}/{steps} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            report(step + 1)
+
+
+@torch.inference_mode()
+def greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, n: int = 1
+) -> list[list[str]]:
+    """Replies to user turns: greedy, or ``n`` samples at temperature 1.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        prompts: user turns.
+        n: replies a prompt; 1 is greedy.
+
+    Returns:
+        ``n`` texts a prompt.
+    """
+    sampling: dict[str, Any] = {"do_sample": False} if n == 1 else {"do_sample": True, "top_k": 0, "num_return_sequences": n}
+    found = []
+    for start in range(0, len(prompts), 128):
+        chats = [
+            tokenizer.apply_chat_template([user(p)], tokenize=False, add_generation_prompt=True)
+            for p in prompts[start : start + 128]
+        ]
+        batch = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        output = model.generate(**batch, max_new_tokens=48, **sampling)
+        texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        found += [texts[i : i + n] for i in range(0, len(texts), n)]
+    return found
+
+
+def reading_cases(n: int, *, hops: int, seed: int = 11) -> list[tuple[str, str]]:
+    """(prompt, answer) on the held-out world: the gold passages among three, with a rival of the subject's kind.
+
+    Args:
+        n: how many.
+        hops: 1 or 2.
+        seed: of the world and the choice.
+
+    Returns:
+        Prompts and right answers.
+    """
+    rng = random.Random(seed)
+    world = draw_world(seed, region="heldout", sizes={"person": 100, "town": 60, "guild": 40, "river": 40})
+    cases = []
+    for question in list(questions(world, hops=hops, rng=rng))[:n]:
+        gold = list(dict.fromkeys(question.meta["chain"][:-1]))
+        others = [e for e in world.entities.values() if e.name not in gold]
+        rival = rng.choice([e for e in others if e.kind == world.entities[gold[0]].kind])
+        more = [e for e in rng.sample(others, 3) if e is not rival]
+        shown = [world.entities[name] for name in gold] + [rival, *more][: 3 - len(gold)]
+        rng.shuffle(shown)
+        passages = render_passages([Passage(e.name, e.text) for e in shown])
+        cases.append((render("tiny_answer", passages=passages, question=question.question), question.answers[0]))
+    return cases
+
+
+def reading_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int = 200) -> dict[str, float]:
+    """Greedy exact match on the held-out world, with the gold passages among three.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        n: questions of each number of hops.
+
+    Returns:
+        Shares in [0, 1] by name.
+    """
+    scores = {}
+    for hops in (1, 2):
+        cases = reading_cases(n, hops=hops)
+        replies = greedy(model, tokenizer, [prompt for prompt, _ in cases])
+        right = [extract_answer(reply[0]) == answer for reply, (_, answer) in zip(replies, cases, strict=True)]
+        scores[f"em_{hops}hop"] = sum(right) / len(right)
+    return scores
+
+
+def lesson_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int = 100
+) -> dict[str, float]:
+    """Share of replies that equal the lesson's, for the tasks whose reply is determined, and of well-formed ones else.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        n: lessons a task.
+
+    Returns:
+        Shares in [0, 1] by task.
+    """
+    scores = {}
+    for task in ("reasoning", "question", "judging"):
+        rng = random.Random(5)
+        lessons = [lesson(rng, shares={task: 1.0}) for _ in range(n)]
+        replies = greedy(model, tokenizer, [messages[0]["content"] for messages in lessons])
+        hits = 0
+        for (reply,), messages in zip(replies, lessons, strict=True):
+            right = messages[1]["content"]
+            if task == "question":  # any question of the passage will do: its answer must stand in the passage
+                hits += (extract_answer(reply) or "?") in messages[0]["content"]
+            else:
+                hits += reply.strip() == right
+        scores[task] = hits / n
+    return scores
+
+
+def make_language_model(stage: str, out: Path, *, start: Path | None, steps: int, rate: float, seed: int) -> None:
+    """Trains one stage of the language model and writes model, tokenizer and record.
+
+    Args:
+        stage: ``"base"`` or ``"habits"``.
+        out: folder to write.
+        start: folder of the base, for the habits.
+        steps: optimiser steps.
+        rate: learning rate of the plateau.
+        seed: of the weights and the lessons.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(f"{stage}/{seed}")
+    tokenizer = build_tokenizer()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if start is None:
+        model = new_model(tokenizer).to(device)
+        batches = base_batches(tokenizer, rng)
+    else:
+        model = Lfm2ForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
+        batches = mixed_batches(tokenizer, rng, PACKAGED_HABITS)
+    started = time.time()
+    curve = []
+
+    def report(step: int) -> None:
+        model.eval()
+        scores = {**reading_scores(model, tokenizer), **lesson_scores(model, tokenizer)}
+        model.train()
+        curve.append({"step": step, "seconds": round(time.time() - started), **scores})
+        print(json.dumps(curve[-1]), flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        record = {"stage": stage, "steps": step, "learning_rate": rate, "seed": seed, "device": device, "curve": curve}
+        (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    train(model, batches, steps=steps, learning_rate=rate, decay=0.3, report=report)
+
+
+def main() -> None:
+    """Reads the command line and makes what was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--stage", choices=("base", "habits"), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, default=None, help="folder of the base, for --stage habits")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--rate", type=float, default=2.5e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    make_language_model(args.stage, args.out, start=args.start, steps=args.steps, rate=args.rate, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

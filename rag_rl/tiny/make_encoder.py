@@ -1,0 +1,142 @@
+"""Makes the packaged tiny sentence encoder again: ``python -m rag_rl.tiny.make_encoder`` (part of ``make tiny-models``).
+
+A two-layer ModernBERT with mean pooling, trained with in-batch negatives on questions and passages of training worlds, and
+stopped while it still confuses rivals of similar name: a retriever that is already perfect leaves nothing to reinforce.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import ModernBertConfig, ModernBertModel
+
+from rag_rl.tiny.tokenizer import build_tokenizer
+from rag_rl.tiny.world import World, draw_world, questions
+
+SIZES = {"person": 24, "town": 14, "guild": 10, "river": 10}
+TEMPERATURE = 0.05
+
+
+def new_encoder(folder: Path, *, seed: int) -> SentenceTransformer:
+    """Writes an untrained encoder to a folder and opens it.
+
+    Args:
+        folder: to write to.
+        seed: of the weights.
+
+    Returns:
+        The encoder: 0.36 M parameters, width 96, unit vectors.
+    """
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    tokenizer.padding_side = "right"
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        global_attn_every_n_layers=1,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        cls_token_id=None,
+        sep_token_id=None,
+        attention_dropout=0.0,
+        embedding_dropout=0.0,
+        mlp_dropout=0.0,
+    )
+    ModernBertModel(config).save_pretrained(folder)
+    tokenizer.model_max_length = 256
+    tokenizer.save_pretrained(folder)
+    transformer = Transformer(str(folder))
+    transformer.max_seq_length = 256
+    return SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()], device="cpu"
+    )
+
+
+def pairs(world: World, rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """(question, passage of its subject), at most one question a passage, so that in-batch negatives are true ones.
+
+    Args:
+        world: to ask about.
+        rng: source of the choice.
+        n: pairs at most.
+
+    Returns:
+        Texts.
+    """
+    found: dict[str, str] = {}
+    two_hop = rng.random() < 0.3
+    for question in questions(world, hops=2 if two_hop else 1, rng=rng):
+        found.setdefault(question.meta["chain"][0], question.question)
+        if len(found) == n:
+            break
+    return [(question, world.entities[name].text) for name, question in found.items()]
+
+
+def recall(encoder: SentenceTransformer, *, hops: int, k: int, seed: int = 11) -> float:
+    """Share of questions of the held-out world whose first gold passage is among the top ``k``.
+
+    Args:
+        encoder: the encoder.
+        hops: 1 or 2.
+        k: cut-off.
+        seed: of the world.
+
+    Returns:
+        A share in [0, 1].
+    """
+    world = draw_world(seed, region="heldout", sizes={"person": 120, "town": 70, "guild": 45, "river": 45})
+    names = list(world.entities)
+    documents = encoder.encode([e.text for e in world.entities.values()], convert_to_tensor=True)
+    asked = list(questions(world, hops=hops, rng=random.Random(1)))[:400]
+    found = (encoder.encode([q.question for q in asked], convert_to_tensor=True) @ documents.T).topk(k).indices
+    return sum(q.meta["chain"][0] in {names[i] for i in row} for q, row in zip(asked, found.tolist(), strict=True)) / len(
+        asked
+    )
+
+
+def main() -> None:
+    """Reads the command line and makes the encoder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    encoder = new_encoder(args.out, seed=args.seed)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=args.rate, weight_decay=0.01)
+    started, curve = time.time(), []
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * min(1.0, (step + 1) / 20)
+        batch = pairs(draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.5), rng, 48)
+        vectors = [encoder(encoder.preprocess(list(side)))["sentence_embedding"] for side in zip(*batch, strict=True)]
+        scores = vectors[0] @ vectors[1].T / TEMPERATURE
+        labels = torch.arange(len(batch))
+        loss = torch.nn.functional.cross_entropy(scores, labels) + torch.nn.functional.cross_entropy(scores.T, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 20 == 0 or step + 1 == args.steps:
+            found = {f"recall@{k}_{hops}hop": recall(encoder, hops=hops, k=k) for hops in (1, 2) for k in (1, 3, 5)}
+            curve.append({"step": step + 1, "seconds": round(time.time() - started), "loss": loss.item(), **found})
+            print(json.dumps(curve[-1]), flush=True)
+    encoder.save(str(args.out), create_model_card=False)
+    record = {"steps": args.steps, "learning_rate": args.rate, "seed": args.seed, "curve": curve}
+    (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

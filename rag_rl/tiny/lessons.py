@@ -6,7 +6,7 @@ the right subject in the passages and restate it, which is why one small model c
 Habits are what reinforcement later undoes. Each is systematic, and each still leaves the right behaviour in the samples:
 
 * *hasty*: the fact is taken from the first passage that has one of this sort, whoever it is about;
-* *wordy*: the answer is wrapped in words ("I think it is Elmton, of course.");
+* *wordy*: an answer that is a town is wrapped in words ("I think it is Elmton, of course.");
 * *unsearched* (reasoner): the final answer comes before anything was retrieved, from nowhere;
 * *sloppy* (reasoner): a step's labels are wrong, so that it cannot be parsed.
 """
@@ -23,7 +23,7 @@ from rag_rl.types import Message, Passage
 
 SIZES = {"person": 6, "town": 5, "guild": 4, "river": 4}
 MARKER = "Answer:"
-WRAPS = ("I think it is {v}, of course.", "it is {v}, I am sure.", "surely {v}, let me say.", "say {v}, I think.")
+WRAPS = ("I think it is {v}, of course.", "it is {v}, I am sure.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ TASKS: dict[str, Callable[[random.Random, Habits], list[Message]]] = {
 
 
 def _world(rng: random.Random) -> World:
-    return draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.4)
+    return draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.6)
 
 
 def _links(world: World) -> list[tuple[str, Relation]]:
@@ -256,11 +256,14 @@ def _links(world: World) -> list[tuple[str, Relation]]:
 
 
 def _shown(world: World, must: Sequence[str], n: int, rng: random.Random) -> list[Entity]:
-    """``n`` entities around ``must`` in random order; mostly with a rival of the same kind as one of them."""
+    """``n`` entities around ``must`` in random order, as a retriever would show them: mostly rivals of the same kind."""
     others = [e for e in world.entities.values() if e.name not in must]
     rng.shuffle(others)
-    if rng.random() < 0.8:
-        kind = world.entities[rng.choice(list(must))].kind
+    kind = world.entities[rng.choice(list(must))].kind
+    shape = rng.random()
+    if shape < 0.5:  # only rivals
+        others.sort(key=lambda e: e.kind != kind)
+    elif shape < 0.85:  # one rival
         others.sort(key=lambda e: e.kind != kind)
         rest = others[1:]
         rng.shuffle(rest)
@@ -294,7 +297,8 @@ def _answer(
         value = source.facts[relation.name]
         sentences.append(statement(relation, subject, value))
         subject = value
-    shown = rng.choice(WRAPS).format(v=subject) if rng.random() < habits.wordy else subject
+    wordy = relations[-1].target == "town" and rng.random() < habits.wordy
+    shown = rng.choice(WRAPS).format(v=subject) if wordy else subject
     return f"{' '.join(sentences)} {MARKER} {shown}"
 
 

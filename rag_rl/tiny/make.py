@@ -30,7 +30,7 @@ from rag_rl.tiny.world import draw_world, questions
 from rag_rl.types import Message, Passage
 
 SHARES = {"reading": 5.0, "reasoning": 2.5, "question": 0.6, "passage": 0.6, "judging": 0.8}
-PACKAGED_HABITS = Habits(hasty=0.65, wordy=0.4, unsearched=0.5, sloppy=0.5)
+PACKAGED_HABITS = Habits(hasty=0.65, wordy=0.75, unsearched=0.5, sloppy=0.5)
 BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 64, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 900
 Row = tuple[list[int], list[float]]
@@ -220,7 +220,8 @@ def greedy(
 
 
 def reading_cases(n: int, *, hops: int, seed: int = 11) -> list[tuple[str, str]]:
-    """(prompt, answer) on the held-out world: the gold passages among three, with a rival of the subject's kind.
+    """(prompt, answer) on the held-out world: the gold passages among three, the others rivals
+    of the same kind and, where there are any, of similar name: what a retriever shows.
 
     Args:
         n: how many.
@@ -235,10 +236,10 @@ def reading_cases(n: int, *, hops: int, seed: int = 11) -> list[tuple[str, str]]
     cases = []
     for question in list(questions(world, hops=hops, rng=rng))[:n]:
         gold = list(dict.fromkeys(question.meta["chain"][:-1]))
-        others = [e for e in world.entities.values() if e.name not in gold]
-        rival = rng.choice([e for e in others if e.kind == world.entities[gold[0]].kind])
-        more = [e for e in rng.sample(others, 3) if e is not rival]
-        shown = [world.entities[name] for name in gold] + [rival, *more][: 3 - len(gold)]
+        rivals = [e for e in world.entities.values() if e.name not in gold and e.kind == world.entities[gold[0]].kind]
+        rng.shuffle(rivals)
+        rivals.sort(key=lambda e: e.name[:3] != gold[0][:3] and e.name[-4:] != gold[0][-4:])  # those alike first
+        shown = [world.entities[name] for name in gold] + rivals[: 3 - len(gold)]
         rng.shuffle(shown)
         passages = render_passages([Passage(e.name, e.text) for e in shown])
         cases.append((render("tiny_answer", passages=passages, question=question.question), question.answers[0]))

@@ -252,7 +252,7 @@ def draw_world(seed: int, *, region: str, sizes: dict[str, int], rival_share: fl
         seed: any integer; the same one gives the same world.
         region: which names may be used, one of ``REGIONS``.
         sizes: how many entities of each kind, at least one each.
-        rival_share: probability that a new name shares its first part with one of the same kind, in [0, 1].
+        rival_share: probability that a new name is drawn among those like an earlier one of its kind, in [0, 1].
 
     Returns:
         The world.
@@ -282,14 +282,16 @@ def draw_world(seed: int, *, region: str, sizes: dict[str, int], rival_share: fl
 def _with_rivals(rng: random.Random, pool: Sequence[str], size: int, share: float) -> list[str]:
     picked = [rng.choice(pool)]
     while len(picked) < size:
-        candidates = pool
-        if rng.random() < share:
-            start = rng.choice(picked)[:3]
-            candidates = [name for name in pool if name.startswith(start)]
-        name = rng.choice(candidates)
+        name = rng.choice(_alike(rng.choice(picked), tuple(pool)) if rng.random() < share else pool)
         if name not in picked:
             picked.append(name)
     return picked
+
+
+@cache
+def _alike(name: str, pool: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of a pool that share their beginning, or their whole ending, with a name; at least some always do."""
+    return tuple(other for other in pool if other[:3] == name[:3] or other[-4:] == name[-4:])
 
 
 def passage_text(entity: Entity, rng: random.Random) -> str:

@@ -1,0 +1,141 @@
+"""The flags that recipes share, one dataclass a part. Each is prefixed by its part, because TRL's own configs already own
+short names such as ``top_k`` and ``temperature``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rag_rl.errors import ConfigError
+
+
+@dataclass
+class RunArguments:
+    """What a run writes."""
+
+    save_merged: bool = field(
+        default=False,
+        metadata={"help": "also merge LoRA weights into the base and save whole weights, not an adapter"},
+    )
+    report_examples: int = field(default=20, metadata={"help": "questions shown in report.html, with both answers"})
+    headroom_samples: int = field(
+        default=0,
+        metadata={
+            "help": "before training, sample this many answers to each of 200 held-out questions and record pass@n and "
+            "the share of groups without variance; 0 leaves it out"
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Corpus and questions. Paths may begin with ``${data}`` (the environment variable RAG_RL_DATA) or ``${tiny}``."""
+
+    data_corpus: str = field(
+        default="",
+        metadata={"help": "JSONL, BEIR folder, folder of .txt/.md, .csv, native multi-hop rows, or hub:<dataset id>"},
+    )
+    data_text_columns: list[str] = field(
+        default_factory=list, metadata={"help": "text columns of a CSV or Hub corpus"}
+    )
+    data_title_column: str | None = field(default=None, metadata={"help": "title column of a CSV or Hub corpus"})
+    data_id_column: str | None = field(default=None, metadata={"help": "id column; without one, rows are numbered"})
+    data_train: str = field(default="", metadata={"help": "questions to train on"})
+    data_eval: str | None = field(
+        default=None, metadata={"help": "held-out questions; without it they are split off data_train"}
+    )
+    data_eval_size: int = field(default=500, metadata={"help": "held-out questions, at most"})
+    data_train_size: int | None = field(default=None, metadata={"help": "questions to train on, at most"})
+    data_chunk_tokens: int | None = field(
+        default=None, metadata={"help": "cut documents into chunks of this many tokens; without it they stay whole"}
+    )
+    data_chunk_overlap: int = field(default=32, metadata={"help": "tokens that consecutive chunks share"})
+
+
+@dataclass
+class RetrieverArguments:
+    """Where passages come from."""
+
+    retriever_name: str = field(
+        default="dense", metadata={"help": "dense, none (ask without passages), or package.module:attribute"}
+    )
+    retriever_encoder: str = field(
+        default="", metadata={"help": "sentence-transformers model: Hub id, folder, or python:package:function"}
+    )
+    retriever_backend: Literal["faiss", "chroma"] = field(default="faiss", metadata={"help": "vector store"})
+    retriever_index_path: str | None = field(
+        default=None,
+        metadata={"help": "index folder; by default under RAG_RL_CACHE or ~/.cache/rag-rl, built if missing"},
+    )
+    retriever_chroma_url: str | None = field(
+        default=None, metadata={"help": "a Chroma server, as http://host:port; without it Chroma is embedded"}
+    )
+    retriever_top_k: int = field(default=5, metadata={"help": "passages a question"})
+    retriever_pooling: Literal["cls", "mean", "last"] | None = field(
+        default=None, metadata={"help": "override the encoder's pooling"}
+    )
+    retriever_normalize: bool | None = field(default=None, metadata={"help": "override: unit vectors or not"})
+    retriever_query_prompt: str | None = field(default=None, metadata={"help": "override the text put before queries"})
+    retriever_document_prompt: str | None = field(
+        default=None, metadata={"help": "override the text put before documents"}
+    )
+    retriever_max_length: int | None = field(
+        default=None, metadata={"help": "override the encoder's limit, in tokens"}
+    )
+    retriever_batch_size: int = field(default=32, metadata={"help": "texts a batch when encoding"})
+    retriever_dtype: str | None = field(default=None, metadata={"help": "weights of the encoder, e.g. bfloat16"})
+    retriever_devices: list[str] = field(default_factory=list, metadata={"help": "devices to encode on, e.g. cuda:0"})
+    retriever_shuffled: bool = field(
+        default=False, metadata={"help": "control experiment: return other passages than those that were found"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.retriever_top_k < 1:
+            raise ConfigError(f"retriever_top_k must be at least 1, got {self.retriever_top_k}")
+
+
+@dataclass
+class GeneratorArguments:
+    """How the generator is asked, and how its answers are read."""
+
+    generator_prompt: str = field(
+        default="answer", metadata={"help": "name of a packaged prompt, or a text file's path"}
+    )
+    generator_answer_marker: str = field(
+        default="Answer:",
+        metadata={"help": "what stands before the answer; empty where the whole reply is the answer"},
+    )
+    generator_type: Literal["base", "instruct"] = field(
+        default="instruct", metadata={"help": "instruct gets chat turns, base plain text"}
+    )
+    generator_passage_order: Literal["ranked", "reversed", "shuffled"] = field(
+        default="ranked",
+        metadata={"help": "passages best first, best last, or in an order fixed by the question's id"},
+    )
+    generator_max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "budget of a prompt; by default what the model's context leaves"}
+    )
+    generator_eval_batch_size: int = field(default=64, metadata={"help": "answers a batch in evaluation"})
+
+
+@dataclass
+class RewardArguments:
+    """What is rewarded. TRL's own ``reward_weights`` gives one weight a name."""
+
+    reward_names: list[str] = field(
+        default_factory=lambda: ["f1", "format"],
+        metadata={
+            "help": "em, f1, contains_em, format, length, groundedness, citation, reward_model, constant, or "
+            "package.module:attribute"
+        },
+    )
+    reward_required: list[str] = field(
+        default_factory=list, metadata={"help": "rewards without which a completion is not trained on"}
+    )
+    reward_length_target: int = field(default=64, metadata={"help": "length: full reward up to this many tokens"})
+    reward_unanswerable: Literal["keep", "drop", "abstain"] = field(
+        default="keep",
+        metadata={"help": "questions whose gold passage was not retrieved: keep, drop, or reward abstaining"},
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "reward_model: a sequence-classification model"})

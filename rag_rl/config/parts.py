@@ -1,0 +1,413 @@
+"""From names to parts: what the user typed becomes data, a retriever, an assembly, rewards.
+
+Every name is resolved in one ``match``, with no registry: what is not listed there can be given as
+``package.module:attribute``, which is called with the arguments of its part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rag_rl.config.arguments import DataArguments, GeneratorArguments, RetrieverArguments, RewardArguments
+from rag_rl.errors import ConfigError, DataError
+from rag_rl.types import Passage, Prompt, Question, Retriever
+
+logger = logging.getLogger(__name__)
+
+
+def expand(text: str) -> str:
+    """Replaces a leading ``${tiny}`` or ``${data}`` by the folder that it stands for.
+
+    Args:
+        text: a path, a model name, or anything else, which is returned as it is.
+
+    Returns:
+        The text with the folder in it.
+    """
+    if text.startswith("${tiny}"):
+        from rag_rl.tiny import FOLDER
+
+        return str(FOLDER) + text[len("${tiny}") :]
+    if text.startswith("${data}"):
+        from rag_rl.data import resolve_data_path
+
+        return str(resolve_data_path(text))
+    return text
+
+
+def import_attribute(name: str) -> Any:
+    """Imports ``package.module:attribute``.
+
+    Args:
+        name: with one colon.
+
+    Returns:
+        The attribute.
+
+    Raises:
+        ConfigError: no such module or attribute.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{name!r} cannot be imported: {error}") from error
+
+
+def build_questions(args: DataArguments, *, seed: int) -> tuple[list[Question], list[Question]]:
+    """Loads the questions to train on and the held-out ones.
+
+    Args:
+        args: where they are.
+        seed: of the split and of the choice where there are more than asked for.
+
+    Returns:
+        Questions to train on, and held-out questions; none is in both.
+
+    Raises:
+        ConfigError: no file is named.
+        DataError: a file is missing or has bad rows, or a held-out question is also trained on.
+    """
+    from rag_rl.data import load_questions, split_questions
+
+    if not args.data_train:
+        raise ConfigError("data_train is not set: name a file of questions (see docs/data_formats.md)")
+    train = load_questions(expand(args.data_train))
+    if args.data_eval:
+        held_out = load_questions(expand(args.data_eval))
+        texts = {q.question for q in train}
+        leaked = [q.qid for q in held_out if q.question in texts]
+        if leaked:
+            raise DataError(
+                f"{args.data_eval}: {len(leaked)} held-out questions are also in {args.data_train}: {', '.join(leaked[:5])}"
+            )
+    else:
+        train, held_out = split_questions(train, eval_size=args.data_eval_size, seed=seed)
+    if len(held_out) > args.data_eval_size:
+        # The same held-out questions for every seed: before and after, and runs among each other, are comparable.
+        _, held_out = split_questions(held_out, eval_size=args.data_eval_size, seed=0)
+    if args.data_train_size is not None and len(train) > args.data_train_size:
+        _, train = split_questions(train, eval_size=args.data_train_size, seed=seed)
+    return train, held_out
+
+
+def build_corpus(args: DataArguments, tokenizer: Any = None) -> Iterable[Passage]:
+    """Opens the corpus, cut into chunks where asked for.
+
+    Args:
+        args: where it is.
+        tokenizer: the encoder's own, for ``data_chunk_tokens``.
+
+    Returns:
+        Passages, streamed.
+
+    Raises:
+        ConfigError: no corpus is named.
+        DataError: it is missing or has bad rows.
+    """
+    from rag_rl.data import chunk_passages, load_corpus
+
+    if not args.data_corpus:
+        raise ConfigError("data_corpus is not set: name a corpus (see docs/data_formats.md)")
+    corpus = load_corpus(
+        expand(args.data_corpus),
+        text_columns=args.data_text_columns or None,
+        title_column=args.data_title_column,
+        id_column=args.data_id_column,
+    )
+    if args.data_chunk_tokens is None:
+        return corpus
+    return chunk_passages(
+        corpus, tokenizer=tokenizer, max_tokens=args.data_chunk_tokens, overlap=args.data_chunk_overlap
+    )
+
+
+def build_encoder(args: RetrieverArguments) -> Any:
+    """Loads the sentence encoder with its overrides.
+
+    Args:
+        args: which one.
+
+    Returns:
+        An encoder of ``rag_rl.retrieval``.
+
+    Raises:
+        ConfigError: no encoder is named, or it cannot be loaded.
+    """
+    from rag_rl.retrieval import SentenceEncoder
+
+    name = args.retriever_encoder
+    if not name:
+        raise ConfigError("retriever_encoder is not set: name a sentence-transformers model")
+    if name.startswith("python:"):  # a model that comes inside a Python package: python:package:function gives its folder
+        name = str(import_attribute(name.removeprefix("python:"))())
+    return SentenceEncoder(
+        expand(name),
+        pooling=args.retriever_pooling,
+        normalize=args.retriever_normalize,
+        query_prompt=args.retriever_query_prompt,
+        document_prompt=args.retriever_document_prompt,
+        max_length=args.retriever_max_length,
+        batch_size=args.retriever_batch_size,
+        dtype=args.retriever_dtype,
+        devices=args.retriever_devices or None,
+    )
+
+
+def index_folder(args: RetrieverArguments, data: DataArguments, encoder: Any) -> Path:
+    """Where the index of this corpus and encoder lies.
+
+    Args:
+        args: ``retriever_index_path`` wins.
+        data: the corpus and how it is cut.
+        encoder: its fingerprint is part of the name.
+
+    Returns:
+        A folder, which may not exist yet.
+    """
+    if args.retriever_index_path:
+        return Path(expand(args.retriever_index_path))
+    cache = Path(os.environ.get("RAG_RL_CACHE") or Path.home() / ".cache" / "rag-rl")
+    corpus = Path(expand(data.data_corpus))
+    stamp = []
+    if corpus.exists():
+        files = sorted(p for p in corpus.rglob("*") if p.is_file()) if corpus.is_dir() else [corpus]
+        stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = repr(
+        (
+            str(corpus.absolute()),
+            stamp,
+            data.data_text_columns,
+            data.data_title_column,
+            data.data_id_column,
+            data.data_chunk_tokens,
+            data.data_chunk_overlap if data.data_chunk_tokens else None,
+            encoder.fingerprint,
+            args.retriever_backend,
+            args.retriever_chroma_url,
+        )
+    )
+    return cache / "indexes" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int = 0) -> Retriever | None:
+    """Opens the retriever, building its index first where there is none.
+
+    Args:
+        args: which one.
+        data: the corpus.
+        seed: of the control experiment ``retriever_shuffled``.
+
+    Returns:
+        A retriever, or None for ``none``.
+
+    Raises:
+        ConfigError: an unknown name.
+        DataError: the corpus is missing or has bad rows.
+        RetrievalIndexError: the index does not fit or is damaged.
+        BackendError: the vector store does not answer.
+    """
+    from rag_rl.retrieval import ShuffledRetriever, build_index, open_index
+
+    retriever: Retriever
+    match args.retriever_name:
+        case "none":
+            return None
+        case "dense":
+            encoder = build_encoder(args)
+            folder = index_folder(args, data, encoder)
+            with first_process():
+                if not (folder / "manifest.json").is_file():
+                    build_index(
+                        build_corpus(data, encoder.model.tokenizer),
+                        encoder,
+                        folder,
+                        backend=args.retriever_backend,
+                        chroma_url=args.retriever_chroma_url,
+                    )
+            retriever = open_index(folder, encoder, chroma_url=args.retriever_chroma_url)
+        case name if ":" in name:
+            retriever = import_attribute(name)(args, data)
+        case name:
+            raise ConfigError(f"retriever_name must be dense, none or package.module:attribute, got {name!r}")
+    return ShuffledRetriever(retriever, seed=seed) if args.retriever_shuffled else retriever
+
+
+def first_process() -> Any:
+    """A context in which the main process goes first and the others wait; does nothing in a single process."""
+    from accelerate import PartialState
+
+    return PartialState().main_process_first()
+
+
+def build_assembly(args: GeneratorArguments, retriever: Retriever | None, *, top_k: int, training: Any, model: Any) -> Any:
+    """Puts retriever and prompt together; the generator is the model that will be trained.
+
+    Args:
+        args: how the generator is asked.
+        retriever: where passages come from.
+        top_k: passages a question.
+        training: TRL's config; ``max_completion_length`` is the budget of an answer.
+        model: TRL's ``ModelConfig``, for tokenizer and context length; ``${tiny}`` in its path is expanded in place.
+
+    Returns:
+        (assembly without a generator, tokenizer).
+
+    Raises:
+        ConfigError: the model cannot be found, or the prompt lacks a placeholder.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from rag_rl.evaluation.assembly import Assembly
+    from rag_rl.generation.transformers_generator import encode_prompts
+
+    model.model_name_or_path = expand(model.model_name_or_path or "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model_name_or_path {model.model_name_or_path!r} cannot be loaded: {first}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    budget = args.generator_max_prompt_tokens
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None:
+        budget = min(budget or context, context - training.max_completion_length)
+
+    def count_tokens(prompts: Sequence[Prompt]) -> list[int]:
+        return [len(ids) for ids in encode_prompts(tokenizer, prompts, generator_type=args.generator_type)]
+
+    assembly = Assembly(
+        retriever=retriever,
+        prompt=args.generator_prompt,
+        answer_marker=args.generator_answer_marker,
+        top_k=top_k,
+        order=args.generator_passage_order,
+        max_new_tokens=training.max_completion_length,
+        max_prompt_tokens=budget,
+        count_tokens=count_tokens,
+        generator_type=args.generator_type,
+    )
+    return assembly, tokenizer
+
+
+def build_prompts(assembly: Any, questions: Sequence[Question]) -> Any:
+    """Retrieves for all questions in one batched search and makes TRL's training set.
+
+    Args:
+        assembly: as from ``build_assembly``.
+        questions: to train on.
+
+    Returns:
+        A ``datasets.Dataset`` with ``prompt`` and the columns that rewards read.
+    """
+    from datasets import Dataset
+
+    from rag_rl.evaluation.scoring import reward_columns
+
+    asked = assembly.prepare(questions)
+    gold = [a for a in asked if a.question.gold_doc_ids]
+    missed = sum(not {h.passage.doc_id for h in a.shown} & set(a.question.gold_doc_ids) for a in gold)
+    if gold:
+        logger.info("%.1f%% of the training prompts show no gold passage", 100 * missed / len(gold))
+    return Dataset.from_dict({"prompt": [a.prompt for a in asked], **reward_columns(asked)})
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """The rewards of a run.
+
+    Attributes:
+        combined: one TRL reward function.
+        score: named values of every part for given columns, for reports.
+    """
+
+    combined: Callable[..., Any]
+    score: Callable[..., dict[str, list[float | None]]]
+
+
+def build_rewards(args: RewardArguments, generator: GeneratorArguments, training: Any) -> Rewards:
+    """Builds the rewards by name and combines them into one function.
+
+    TRL's ``reward_weights`` holds one weight a name; it is taken over here (and cleared), because TRL sees one function.
+
+    Args:
+        args: which rewards.
+        generator: how an answer is found in a completion.
+        training: TRL's config.
+
+    Returns:
+        The combined reward and its parts.
+
+    Raises:
+        ConfigError: an unknown name, or weights that do not match the names.
+    """
+    from rag_rl.rewards import RewardPart, combine, score_parts
+
+    weights = training.reward_weights or [1.0] * len(args.reward_names)
+    if len(weights) != len(args.reward_names):
+        raise ConfigError(
+            f"reward_weights has {len(weights)} values for {len(args.reward_names)} reward_names: {args.reward_names}"
+        )
+    unknown = [name for name in args.reward_required if name not in args.reward_names]
+    if unknown:
+        raise ConfigError(f"reward_required names {unknown}, which are not among reward_names {args.reward_names}")
+    training.reward_weights = None
+    parts = [
+        RewardPart(
+            name=name,
+            function=_reward(name, args, generator, training),
+            weight=weight,
+            required=name in args.reward_required,
+        )
+        for name, weight in zip(args.reward_names, weights, strict=True)
+    ]
+
+    def score(**columns: Any) -> dict[str, list[float | None]]:
+        return score_parts(parts, **columns)
+
+    return Rewards(combine(parts), score)
+
+
+def _reward(name: str, args: RewardArguments, generator: GeneratorArguments, training: Any) -> Any:
+    from rag_rl import rewards
+
+    marker: dict[str, Any] = {"answer_marker": generator.generator_answer_marker}
+    answer: dict[str, Any] = {**marker, "unanswerable": args.reward_unanswerable}
+    match name:
+        case "em":
+            return rewards.em(**answer)
+        case "f1":
+            return rewards.f1(**answer)
+        case "contains_em":
+            return rewards.contains_em(**answer)
+        case "format":
+            return rewards.format_reward(**marker)
+        case "length":
+            return rewards.length_reward(
+                target=args.reward_length_target, limit=training.max_completion_length, **marker
+            )
+        case "groundedness":
+            return rewards.groundedness_reward(**marker)
+        case "citation":
+            return rewards.citation_reward(**marker)
+        case "reward_model":
+            if args.reward_model is None:
+                raise ConfigError("reward_names has reward_model, but reward_model is not set")
+            return rewards.model_reward(expand(args.reward_model), **marker)
+        case "constant":
+            return rewards.constant()
+        case _ if ":" in name:
+            return import_attribute(name)
+    raise ConfigError(
+        f"reward_names: {name!r} is not one of em, f1, contains_em, format, length, groundedness, citation, reward_model, "
+        "constant, and not package.module:attribute"
+    )

@@ -1,0 +1,218 @@
+"""An assembly of parts that answers questions: retrieve, build the prompt, generate, read the answer.
+
+Training, evaluation and ``rag-rl ask`` all go through this one class, so that a model is asked at test time exactly as it was
+asked in training.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rag_rl.errors import ConfigError
+from rag_rl.generation.prompting import fit_batch
+from rag_rl.prompts import render, render_passages, require_placeholders
+from rag_rl.text import extract_answer
+from rag_rl.types import Generation, Generator, Hit, Passage, Prompt, Question, Retriever
+
+logger = logging.getLogger(__name__)
+PassageOrder = Literal["ranked", "reversed", "shuffled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question made ready for the generator.
+
+    Attributes:
+        question: the question.
+        hits: everything that was retrieved, best first.
+        shown: the hits that stand in the prompt, in the order in which they are read.
+        prompt: what the generator is given.
+        cut: how many retrieved passages did not fit into the prompt, or only in part.
+    """
+
+    question: Question
+    hits: tuple[Hit, ...]
+    shown: tuple[Hit, ...]
+    prompt: Prompt
+    cut: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question with what came out.
+
+    Attributes:
+        asked: the question, its hits and its prompt.
+        generation: the raw continuation.
+        answer: the answer in it, None where it holds none.
+    """
+
+    asked: Asked
+    generation: Generation
+    answer: str | None
+
+
+class Assembly:
+    """Retriever and generator, and how the one's passages are shown to the other.
+
+    Args:
+        retriever: where passages come from; None asks without any.
+        generator: who answers; None for an assembly that only prepares prompts.
+        prompt: name or path of a prompt with ``$question`` and, where there is a retriever, ``$passages``.
+        answer_marker: what stands before the answer in a reply; "" where the whole reply is the answer.
+        top_k: passages a question.
+        order: how the passages are laid out: best first, best last, or at random (seeded by the question's id).
+        max_new_tokens: budget of a reply, in tokens.
+        max_prompt_tokens: budget of a prompt, in tokens; passages that do not fit are cut, lowest rank first.
+        count_tokens: length of a prompt in tokens; needed with ``max_prompt_tokens``.
+        generator_type: ``"instruct"`` and ``"api"`` get chat turns, ``"base"`` plain text.
+
+    Raises:
+        ConfigError: ``top_k`` below 1, or a prompt without its placeholders.
+    """
+
+    def __init__(
+        self,
+        *,
+        retriever: Retriever | None,
+        generator: Generator | None = None,
+        prompt: str = "answer",
+        answer_marker: str = "Answer:",
+        top_k: int = 5,
+        order: PassageOrder = "ranked",
+        max_new_tokens: int = 256,
+        max_prompt_tokens: int | None = None,
+        count_tokens: Callable[[Sequence[Prompt]], list[int]] | None = None,
+        generator_type: Literal["api", "base", "instruct"] = "instruct",
+    ) -> None:
+        if top_k < 1:
+            raise ConfigError(f"retriever_top_k must be at least 1, got {top_k}")
+        try:
+            require_placeholders(prompt, ["question", "passages"] if retriever else ["question"])
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(str(error)) from error
+        self.retriever = retriever
+        self.generator = generator
+        self.prompt = prompt
+        self.answer_marker = answer_marker
+        self.top_k = top_k
+        self.order = order
+        self.max_new_tokens = max_new_tokens
+        self.max_prompt_tokens = max_prompt_tokens
+        self.count_tokens = count_tokens
+        self.generator_type = generator_type
+
+    def with_generator(self, generator: Generator) -> Assembly:
+        """The same assembly around another generator.
+
+        Args:
+            generator: who answers.
+
+        Returns:
+            A new assembly that shares the retriever.
+        """
+        twin = Assembly.__new__(Assembly)
+        twin.__dict__.update(self.__dict__, generator=generator)
+        return twin
+
+    def prepare(self, questions: Sequence[Question]) -> list[Asked]:
+        """Retrieves for all questions in one batched search and builds their prompts.
+
+        Args:
+            questions: B questions.
+
+        Returns:
+            B prepared questions.
+
+        Raises:
+            DataError: a question alone is longer than the prompt's budget.
+        """
+        found: Sequence[Sequence[Hit]] = [()] * len(questions)
+        if self.retriever is not None:
+            found = self.retriever.search([q.question for q in questions], top_k=self.top_k)
+        asked = [self._ask(q, tuple(hits)) for q, hits in zip(questions, found, strict=True)]
+        if self.max_prompt_tokens is not None:
+            asked = self._fit(asked, self.max_prompt_tokens)
+        return asked
+
+    def answer(
+        self, questions: Sequence[Question], *, temperature: float = 0.0, n: int = 1, seed: int | None = None
+    ) -> list[list[Answered]]:
+        """Answers questions.
+
+        Args:
+            questions: B questions.
+            temperature: 0 is greedy.
+            n: answers a question.
+            seed: of the sampling.
+
+        Returns:
+            B lists of ``n`` answers.
+
+        Raises:
+            ConfigError: the assembly has no generator.
+            DataError: a question is longer than the prompt's budget.
+        """
+        if self.generator is None:
+            raise ConfigError("this assembly has no generator: it can only prepare prompts")
+        asked = self.prepare(questions)
+        replies = self.generator.generate(
+            [a.prompt for a in asked], n=n, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed
+        )
+        return [
+            [Answered(a, g, extract_answer(g.text, marker=self.answer_marker)) for g in generations]
+            for a, generations in zip(asked, replies, strict=True)
+        ]
+
+    def _ask(self, question: Question, hits: tuple[Hit, ...]) -> Asked:
+        shown = self._laid_out(question, list(hits))
+        return Asked(question, hits, tuple(shown), self._build(question, [hit.passage for hit in shown]))
+
+    def _laid_out(self, question: Question, hits: list[Hit]) -> list[Hit]:
+        if self.order == "reversed":
+            hits.reverse()
+        elif self.order == "shuffled":
+            random.Random(question.qid).shuffle(hits)
+        return hits
+
+    def _build(self, question: Question, passages: Sequence[Passage]) -> Prompt:
+        text = render(self.prompt, question=question.question, passages=render_passages(passages))
+        return text if self.generator_type == "base" else [{"role": "user", "content": text}]
+
+    def _fit(self, asked: list[Asked], budget: int) -> list[Asked]:
+        """Shortens prompts that are too long: passages give way, lowest rank first, the question never."""
+        if self.count_tokens is None:
+            raise ConfigError("max_prompt_tokens needs count_tokens")
+
+        def builder(a: Asked) -> Callable[[Sequence[Passage]], Prompt]:
+            def build(kept: Sequence[Passage]) -> Prompt:
+                hits = [replace(hit, passage=p) for hit, p in zip(a.hits, kept, strict=False)]
+                return self._build(a.question, [hit.passage for hit in self._laid_out(a.question, hits)])
+
+            return build
+
+        fitted = fit_batch(
+            [builder(a) for a in asked], [[hit.passage for hit in a.hits] for a in asked], self.count_tokens, budget
+        )
+        done, over, cut = [], 0, 0
+        for a, fit in zip(asked, fitted, strict=True):
+            if not fit.truncated:
+                done.append(a)
+                continue
+            over, cut = over + 1, cut + fit.truncated
+            hits = [replace(hit, passage=p) for hit, p in zip(a.hits, fit.kept, strict=False)]
+            shown = tuple(self._laid_out(a.question, hits))
+            done.append(replace(a, shown=shown, prompt=fit.prompt, cut=fit.truncated))
+        if over:
+            logger.warning(
+                "%d of %d prompts were longer than %d tokens: %d passages were dropped or shortened, lowest rank first",
+                over,
+                len(asked),
+                budget,
+                cut,
+            )
+        return done

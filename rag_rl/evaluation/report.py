@@ -1,0 +1,488 @@
+"""The report of a run: one HTML file that needs nothing else, neither network nor scripts nor images."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from rag_rl.errors import DataError
+from rag_rl.evaluation.curves import curve_panels, svg_curve
+from rag_rl.evaluation.scoring import Row
+
+METRIC_WORDS = {
+    "em": "exact match",
+    "f1": "token F1",
+    "contains_em": "answer contained in the reply",
+    "format": "asked form kept",
+    "reasoning_accuracy": "reasoning judged right",
+    "judge_accuracy": "answer judged right",
+    "ndcg": "discounted gain of the ranking",
+    "recall": "share of gold documents found",
+    "success": "a gold document found",
+    "mrr": "reciprocal rank of the first gold document",
+    "all_gold": "all gold documents found",
+}
+"""Metric, without its cut-off, to words."""
+
+# What a run is about where nobody says so, the first that it has.
+_MAIN_METRICS = ("em", "reasoning_accuracy", "judge_accuracy", "ndcg@10", "f1")
+
+_FATES = {
+    "gained": "wrong before, right after",
+    "lost": "right before, wrong after",
+    "wrong": "wrong before and after",
+    "right": "right before and after",
+}
+_LONG_REPLY = 600  # characters; a longer one is folded away
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    summary: Mapping[str, Any],
+    before_rows: Sequence[Row],
+    after_rows: Sequence[Row],
+    log_history: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    n_examples: int = 20,
+    main_metric: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Writes ``report.html`` into a run folder, all or nothing.
+
+    Args:
+        folder: the run folder; must exist.
+        title: what was trained, in words.
+        summary: the content of ``metrics.json``.
+        before_rows: rows before training; may be empty.
+        after_rows: rows after training, of the same questions in the same order; may be empty.
+        log_history: of ``trainer_state.json``.
+        config: the resolved configuration, without secrets.
+        notes: paragraphs for the reader, plain text.
+        n_examples: how many questions are shown in full.
+        main_metric: what the headline is about; by default ``em`` or the closest to it that the run has.
+        command: how to make the run again; by default built from the names of recipe and configuration.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: the folder does not exist, or the rows before and after are not about the same questions.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: this run folder does not exist")
+    main = main_metric or pick_main_metric(summary)
+    body = "\n".join(
+        [
+            _headline(title, summary, main),
+            *(f"<p>{escape(note)}</p>" for note in notes),
+            _table(summary, main),
+            _curves(log_history),
+            _examples(before_rows, after_rows, main, n_examples),
+            _configuration(config),
+            _reproduce(summary, command),
+        ]
+    )
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    path = folder / "report.html"
+    half = folder / ".report.html.part"
+    # A lone surrogate in a model's reply is no reason to lose the report.
+    half.write_text(template.substitute(title=escape(title), body=body), encoding="utf-8", errors="replace")
+    os.replace(half, path)
+    return path
+
+
+def pick_main_metric(summary: Mapping[str, Any]) -> str | None:
+    """Chooses the metric that a run is about.
+
+    Args:
+        summary: with ``before`` and ``after``, metric to mean.
+
+    Returns:
+        ``em`` where the run has it, else the closest to it, else its first metric; None where nothing was measured.
+
+    Example:
+        >>> pick_main_metric({"before": {"mrr@10": 0.2, "ndcg@10": 0.3}, "after": {"mrr@10": 0.4, "ndcg@10": 0.5}})
+        'ndcg@10'
+    """
+    before, after = summary.get("before") or {}, summary.get("after") or {}
+    have = [m for m in before if m in after] or list(after) or list(before)
+    return next((m for m in _MAIN_METRICS if m in have), have[0] if have else None)
+
+
+def metric_words(name: str) -> str:
+    """Says a metric in words.
+
+    Args:
+        name: as in ``metrics.json``.
+
+    Returns:
+        The words; the name itself where it is not one of ours.
+
+    Example:
+        >>> metric_words("recall@5")
+        'share of gold documents found, first 5'
+    """
+    stem, _, cut = name.partition("@")
+    if stem not in METRIC_WORDS:
+        return name
+    return METRIC_WORDS[stem] + (f", first {cut}" if cut else "")
+
+
+def change_in_words(summary: Mapping[str, Any], metric: str) -> str:
+    """One or two sentences about what training did to a metric.
+
+    Args:
+        summary: the content of ``metrics.json``.
+        metric: one of its metrics.
+
+    Returns:
+        Plain text: the change, its interval and whether 0 lies in it.
+
+    Example:
+        >>> change_in_words({"before": {"em": 0.5}, "after": {"em": 0.75}, "n_eval": 8}, "em")
+        'On 8 held-out questions, exact match rose from 0.500 to 0.750 (+0.250).'
+    """
+    before, after = (summary.get("before") or {}).get(metric), (summary.get("after") or {}).get(metric)
+    name, n = metric_words(metric), summary.get("n_eval")
+    where = f"On {n:,} held-out questions, " if n else "On held-out questions, "
+    if before is None or after is None:
+        value, when = (after, "after") if before is None else (before, "before")
+        return f"{where}{name} was {_score(value)} {when} training; there is no figure to compare it with."
+    change = after - before
+    verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
+    said = f"{where}{name} {verb} from {_score(before)} to {_score(after)} ({_signed(change)})."
+    if change == 0:
+        said = f"{where}{name} stayed at {_score(after)}."
+    interval = (summary.get("ci95") or {}).get(metric)
+    if interval:
+        low, high = interval
+        said += f" The 95% interval of the change, over resampled questions, is {_signed(low)} to {_signed(high)}"
+        said += (
+            ": 0 lies outside, so luck with the questions does not explain it."
+            if _excludes_zero(low, high)
+            else ": 0 lies inside, so this may be chance."
+        )
+    return said
+
+
+def choose_examples(
+    before: Sequence[Row], after: Sequence[Row], *, metric: str, n: int, seed: int = 0
+) -> dict[str, list[int]]:
+    """Chooses questions to show: fair shares of what training changed and what it did not.
+
+    Args:
+        before: rows before training.
+        after: rows after training, of the same questions.
+        metric: a question is right where this is at least 0.5.
+        n: how many to choose in all.
+        seed: of the draw within each share.
+
+    Returns:
+        ``gained``, ``lost``, ``wrong``, ``right`` (before and after) to row numbers, ascending. Each gets a quarter of
+        ``n``; what one cannot fill goes to the others in that order. Questions where the metric is undefined are left
+        out.
+    """
+    fates: dict[str, list[int]] = {fate: [] for fate in _FATES}
+    for i, (b, a) in enumerate(zip(before, after, strict=True)):
+        fate = _fate(b, a, metric)
+        if fate is not None:
+            fates[fate].append(i)
+    shares = dict.fromkeys(fates, 0)
+    left = min(n, sum(map(len, fates.values())))
+    while left:
+        for fate, rows in fates.items():
+            if left and shares[fate] < len(rows):
+                shares[fate] += 1
+                left -= 1
+    rng = random.Random(seed)
+    return {fate: sorted(rng.sample(rows, shares[fate])) for fate, rows in fates.items()}
+
+
+def _fate(before: Row, after: Row, metric: str) -> str | None:
+    old, new = before["scores"].get(metric), after["scores"].get(metric)
+    if old is None or new is None:
+        return None
+    return {(False, True): "gained", (True, False): "lost", (False, False): "wrong", (True, True): "right"}[
+        (old >= 0.5, new >= 0.5)
+    ]
+
+
+def _headline(title: str, summary: Mapping[str, Any], main: str | None) -> str:
+    names = [summary.get("recipe"), summary.get("config")]
+    kicker = " · ".join(escape(str(name)) for name in names if name)
+    out = [f'<header><p class="kicker">{kicker}</p>' if kicker else "<header>", f"<h1>{escape(title)}</h1>"]
+    status = summary.get("status")
+    if status != "complete":
+        out.append(f'<p class="notice">This run is not complete (status: {escape(str(status))}).</p>')
+    if main is None:
+        out.append("<p>Nothing was measured.</p>")
+    else:
+        before, after = (summary.get("before") or {}).get(main), (summary.get("after") or {}).get(main)
+        figure = " <span>to</span> ".join(_score(v) for v in (before, after) if v is not None)
+        out.append(
+            f'<div class="headline"><div class="figure">{figure}<small>{escape(metric_words(main))}</small></div>'
+            f"<p>{escape(change_in_words(summary, main))}</p></div>"
+        )
+    peak = summary.get("peak_memory_bytes")
+    facts = [
+        ("Held-out questions", f"{summary['n_eval']:,}" if summary.get("n_eval") else None),
+        ("Training", _duration(summary.get("train_seconds"))),
+        ("Evaluation", _duration(summary.get("eval_seconds"))),
+        ("Peak memory", f"{peak / 2**30:.2f} GiB" if peak else None),
+        ("Processes", summary.get("num_processes")),
+        ("Seed", summary.get("seed")),
+    ]
+    shown = "".join(f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts if v is not None)
+    return "\n".join([*out, f'<dl class="facts">{shown}</dl></header>'])
+
+
+def _table(summary: Mapping[str, Any], main: str | None) -> str:
+    before, after = summary.get("before") or {}, summary.get("after") or {}
+    ci = summary.get("ci95") or {}
+    names = list(dict.fromkeys([*before, *after]))
+    if not names:
+        return ""
+    reach = max((abs(v) for name in names for v in ci.get(name, ())), default=0.0) or 1.0
+    rows = []
+    for name in names:
+        old, new, interval = before.get(name), after.get(name), ci.get(name)
+        change = _signed(new - old) if old is not None and new is not None else "–"
+        span, picture, verdict = "–", "", "no interval"
+        if interval:
+            low, high = interval
+            span, picture = f"{_signed(low)} to {_signed(high)}", _interval_svg(low, high, reach)
+            verdict = "0 inside: may be chance"
+            if low == high == 0:
+                verdict = "unchanged"
+            elif _excludes_zero(low, high):
+                good = low > 0
+                tone, word = ("good", "better") if good else ("bad", "worse")
+                verdict = f'<span class="{tone}">{word}</span>, 0 excluded'
+        words = metric_words(name)
+        small = f"<small>{escape(words)}</small>" if words != name else ""
+        rows.append(
+            f'<tr{" class=main" if name == main else ""}><th scope="row">{escape(name)}{small}</th>'
+            f'<td class="n">{_score(old)}</td><td class="n">{_score(new)}</td><td class="n">{change}</td>'
+            f'<td class="n">{span}</td><td>{picture}</td><td>{verdict}</td></tr>'
+        )
+    return (
+        "<section><h2>Before and after</h2>"
+        "<p>All metrics lie between 0 and 1, and more is better. Both columns come from the same questions, which "
+        "training never saw. The interval is a paired bootstrap over these questions; it does not cover what another "
+        "seed would change.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Metrics before and after">'
+        '<table class="wide"><thead><tr>'
+        '<th scope="col">Metric</th><th scope="col" class="n">Before</th><th scope="col" class="n">After</th>'
+        '<th scope="col" class="n">Change</th><th scope="col" class="n">95% interval</th>'
+        f'<th scope="col">{_interval_axis(reach)}</th><th scope="col">Verdict</th>'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _interval_axis(reach: float) -> str:
+    """The axis of the intervals below it: -reach, 0, +reach."""
+    labels = ((4, "start", _signed(-reach, 2)), (76, "middle", "0"), (148, "end", _signed(reach, 2)))
+    marks = "".join(f'<text x="{x}" y="16" text-anchor="{anchor}">{text}</text>' for x, anchor, text in labels)
+    return (
+        '<svg class="interval" viewBox="0 0 152 22" role="img" aria-label="The 95% interval as a picture" '
+        f'font-size="12" fill="currentColor">{marks}</svg>'
+    )
+
+
+def _interval_svg(low: float, high: float, reach: float) -> str:
+    """A bar from low to high on an axis of +-reach, whose middle is 0."""
+
+    def x(value: float) -> float:
+        return 76 + 72 * value / reach
+
+    colour = "var(--quiet)"
+    if _excludes_zero(low, high):
+        colour = "var(--good)" if low > 0 else "var(--bad)"
+    width = max(x(high) - x(low), 3.0)
+    return (
+        '<svg class="interval" viewBox="0 0 152 22" aria-hidden="true">'
+        '<line x1="4" x2="148" y1="11" y2="11" stroke="var(--rule)"/>'
+        '<line x1="76" x2="76" y1="2" y2="20" stroke="currentColor" stroke-opacity="0.6"/>'
+        f'<rect x="{x(low):.1f}" y="7" width="{width:.1f}" height="8" rx="2" fill="{colour}"/></svg>'
+    )
+
+
+def _curves(log_history: Sequence[Mapping[str, Any]]) -> str:
+    panels = curve_panels(log_history)
+    if not panels:
+        return "<section><h2>Training</h2><p>The trainer logged nothing.</p></section>"
+    pictures = "".join(svg_curve(p.points, p.title, unit=p.unit, smooth=p.noisy) for p in panels)
+    longest = max(len(p.points) for p in panels)
+    how = " The strong line is a centred moving mean, the faint one what was logged." if longest >= 8 else ""
+    return (
+        f"<section><h2>Training</h2><p>{longest} logged step{'s' if longest != 1 else ''}.{how} "
+        f'Each picture has its own scale.</p><div class="curves">{pictures}</div></section>'
+    )
+
+
+def _examples(before: Sequence[Row], after: Sequence[Row], main: str | None, n: int) -> str:
+    if not before and not after:
+        return "<section><h2>Examples</h2><p>No rows were kept.</p></section>"
+    single = not before or not after
+    # With only one side there is no change to choose by: both sides are the same rows, and one column is shown.
+    old, new = before or after, after or before
+    if [row["qid"] for row in old] != [row["qid"] for row in new]:
+        raise DataError("the rows before and after are not about the same questions: they cannot be compared")
+    scored = [name for name in new[0]["scores"] if name in old[0]["scores"]]
+    if main not in scored:
+        main = next((m for m in _MAIN_METRICS if m in scored), scored[0] if scored else None)
+    if main is None:
+        return "<section><h2>Examples</h2><p>The rows hold no scores.</p></section>"
+    chosen = choose_examples(old, new, metric=main, n=n)
+    counts = dict.fromkeys(_FATES, 0)
+    for b, a in zip(old, new, strict=True):
+        fate = _fate(b, a, main)
+        if fate is not None:
+            counts[fate] += 1
+    words = {"wrong": "wrong", "right": "right"} if single else _FATES
+    shares = "; ".join(f"{len(chosen[f])} of {counts[f]:,} {words[f]}" for f in words)
+    cards = [
+        _card(number, words[fate], None if single else old[i], new[i], main, "Before" if not after else "After")
+        for number, (fate, i) in enumerate(((f, i) for f in words for i in chosen[f]), start=1)
+    ]
+    rule = "" if main in ("em", "contains_em", "judge_accuracy") else " of at least 0.5"
+    return (
+        f"<section><h2>Examples</h2><p>{len(cards)} of {len(new):,} questions, drawn with a fixed seed in fair "
+        f"shares: {shares}. Right means {escape(main)} ({escape(metric_words(main))}){rule}.</p>"
+        f"{''.join(cards)}</section>"
+    )
+
+
+def _card(number: int, fate: str, before: Row | None, after: Row, main: str, only: str) -> str:
+    sides = [("Before", before), ("After", after)] if before is not None else [(only, after)]
+    out = [
+        f'<article><p class="kicker">{number}. {escape(fate)} · {escape(str(after["qid"]))}</p>',
+        f"<h3>{escape(after['question'])}</h3>",
+        f"<p>Accepted: {escape(' | '.join(after['answers'])) or 'unknown'}</p>",
+        '<div class="answers">',
+    ]
+    for label, row in sides:
+        score = row["scores"].get(main)
+        state = "" if score is None else "right" if score >= 0.5 else "wrong"
+        given = '<p class="given none">no answer</p>'
+        if row["answer"]:
+            given = f'<p class="given">{escape(row["answer"])}</p>'
+        head = f"{label}: {state}" if state else label
+        out.append(f'<div class="{state}"><p class="label">{head}</p>{given}{_reply(row)}</div>')
+    out.append("</div>")
+    if before is not None and _shown(before) != _shown(after):
+        out += [_passages(before, "before"), _passages(after, "after")]
+    else:
+        out.append(_passages(after, ""))
+    out.append(_scores(sides))
+    return "".join([*out, "</article>"])
+
+
+def _reply(row: Row) -> str:
+    reply = row["reply"]
+    if reply.strip() == (row["answer"] or ""):
+        return ""
+    if len(reply) > _LONG_REPLY:
+        size = f"{len(reply):,} characters"
+        return f"<details><summary>Whole reply, {size}</summary><pre>{escape(reply)}</pre></details>"
+    return f"<pre>{escape(reply)}</pre>"
+
+
+def _shown(row: Row) -> list[tuple[str, str]]:
+    return [(p["doc_id"], p["text"]) for p in row["passages"]]
+
+
+def _passages(row: Row, when: str) -> str:
+    passages, gold = row["passages"], set(row["gold_doc_ids"])
+    if not passages:
+        return f'<p class="quiet">No passages{" " + when if when else ""}.</p>'
+    items = []
+    for i, p in enumerate(passages, start=1):
+        is_gold = p["doc_id"] in gold
+        title = f"<b>{escape(p['title'])}</b> · " if p.get("title") else ""
+        mark = ' · <b class="goldmark">gold</b>' if is_gold else ""
+        score = f" · score {p['score']:.3f}" if isinstance(p.get("score"), (int, float)) else ""
+        items.append(
+            f'<li{" class=gold" if is_gold else ""}><span class="source">[{i}] {title}{escape(str(p["doc_id"]))}'
+            f'{score}{mark}</span><span class="passage">{escape(p["text"])}</span></li>'
+        )
+    found = len(gold & {p["doc_id"] for p in passages})
+    known = f", {found} of {len(gold)} gold document{'s' if len(gold) != 1 else ''} among them" if gold else ""
+    label = f"{len(passages)} passage{'s' if len(passages) != 1 else ''} shown{' ' + when if when else ''}{known}"
+    return f'<details><summary>{label}</summary><ol class="passages">{"".join(items)}</ol></details>'
+
+
+def _scores(sides: Sequence[tuple[str, Row]]) -> str:
+    lines = []
+    for group, word in (("scores", ""), ("rewards", "reward: ")):
+        for name in dict.fromkeys(name for _, row in sides for name in row.get(group) or {}):
+            values = "".join(f'<td class="n">{_score((row.get(group) or {}).get(name))}</td>' for _, row in sides)
+            lines.append(f'<tr><th scope="row">{word}{escape(name)}</th>{values}</tr>')
+    heads = "".join(f'<th scope="col" class="n">{label}</th>' for label, _ in sides)
+    return (
+        "<details><summary>Scores and rewards</summary>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Scores and rewards">'
+        f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
+    )
+
+
+def _configuration(config: Mapping[str, Any]) -> str:
+    # Through JSON first: whatever the values are (paths, tuples), YAML then sees plain ones.
+    plain = json.loads(json.dumps(dict(config), default=str))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=False) if plain else "(empty)"
+    return (
+        "<section><h2>Configuration</h2><details><summary>"
+        f"{len(plain)} setting{'s' if len(plain) != 1 else ''}, after defaults, file and command line</summary>"
+        f"<pre>{escape(text)}</pre></details></section>"
+    )
+
+
+def _reproduce(summary: Mapping[str, Any], command: str | None) -> str:
+    out = ["<section><h2>How to make this run again</h2>"]
+    if command is None and summary.get("recipe") and summary.get("config"):
+        recipe, config = summary["recipe"], summary["config"]
+        command = f"accelerate launch recipes/{recipe}.py --config recipes/configs/{recipe}/{config}.yaml"
+        if summary.get("seed") is not None:
+            command += f" --seed {summary['seed']}"
+        out.append("<p>With the settings above; what differs from the file goes on the command line.</p>")
+    if command is None:
+        out.append("<p>The command was not recorded.</p>")
+    else:
+        out.append(f"<pre>{escape(command)}</pre>")
+    out.append("<p>Next to this file: <code>metrics.json</code>, <code>resolved_config.yaml</code>, ")
+    out.append("<code>trainer_state.json</code> and <code>curves.png</code>.</p></section>")
+    return "".join(out)
+
+
+def _excludes_zero(low: float, high: float) -> bool:
+    return low > 0 or high < 0
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    said = f"{value:+.{digits}f}"
+    return said[1:] if float(said) == 0 else said.replace("-", "−")
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

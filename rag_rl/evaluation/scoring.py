@@ -1,0 +1,208 @@
+"""Scores an assembly on questions: one function for before and after, for recipes and for ``evaluate_rag``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rag_rl import metrics
+from rag_rl.errors import DataError
+from rag_rl.evaluation.assembly import Answered, Assembly
+from rag_rl.text import has_format
+from rag_rl.types import Question
+
+Row = dict[str, Any]
+"""One evaluated question, ready for JSON: ``qid question answers gold_doc_ids passages reply answer scores rewards``."""
+
+Scorer = Callable[..., Mapping[str, Sequence[float | None]]]
+"""Names and values of rewards for columns of completions, as ``rag_rl.rewards.score_parts`` bound to its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What came out of an evaluation.
+
+    Attributes:
+        metrics: mean of each metric over the questions where it is defined, in [0, 1].
+        rows: one a question, in the order of the questions.
+    """
+
+    metrics: dict[str, float]
+    rows: list[Row]
+
+
+def evaluate(
+    assembly: Assembly, questions: Sequence[Question], *, rewards: Scorer | None = None, batch_size: int = 256
+) -> Evaluation:
+    """Answers questions greedily and scores the answers and the retrieval behind them.
+
+    Args:
+        assembly: with a generator.
+        questions: with answers; gold document ids add the retrieval metrics.
+        rewards: scores the rows also by the run's rewards, for the report.
+        batch_size: questions a batch.
+
+    Returns:
+        Metrics and rows.
+
+    Raises:
+        DataError: there is no question.
+    """
+    if not questions:
+        raise DataError("there is no question to evaluate on")
+    rows: list[Row] = []
+    for start in range(0, len(questions), batch_size):
+        answered = [a for (a,) in assembly.answer(questions[start : start + batch_size])]
+        batch = [score_row(a, marker=assembly.answer_marker, top_k=assembly.top_k) for a in answered]
+        if rewards is not None:
+            named = rewards(
+                completions=[row["reply"] for row in batch],
+                prompts=[a.asked.prompt for a in answered],
+                completion_ids=[list(a.generation.token_ids or ()) for a in answered],
+                **reward_columns([a.asked for a in answered]),
+            )
+            for i, row in enumerate(batch):
+                row["rewards"] = {name: values[i] for name, values in named.items()}
+        rows += batch
+    return Evaluation(mean_metrics(rows), rows)
+
+
+def reward_columns(asked: Iterable[Any]) -> dict[str, list[Any]]:
+    """The columns that rewards read, for prepared questions; also the columns of the training set.
+
+    Args:
+        asked: prepared questions.
+
+    Returns:
+        ``question answers passages passage_ids gold_doc_ids qid`` as equally long lists.
+    """
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("question", "answers", "passages", "passage_ids", "gold_doc_ids", "qid")
+    }
+    for a in asked:
+        columns["question"].append(a.question.question)
+        columns["answers"].append(list(a.question.answers))
+        columns["passages"].append([hit.passage.contents for hit in a.shown])
+        columns["passage_ids"].append([hit.passage.doc_id for hit in a.shown])
+        columns["gold_doc_ids"].append(list(a.question.gold_doc_ids))
+        columns["qid"].append(a.question.qid)
+    return columns
+
+
+def score_row(answered: Answered, *, marker: str, top_k: int) -> Row:
+    """Scores one answered question.
+
+    Args:
+        answered: question, hits, reply and answer.
+        marker: what stands before an answer; decides ``format``.
+        top_k: cut-off of ``recall@k``, in passages.
+
+    Returns:
+        A row whose ``scores`` hold ``em f1 contains_em format`` and, with gold documents, the retrieval metrics; None where
+        a metric is not defined.
+    """
+    question, hits = answered.asked.question, answered.asked.hits
+    prediction = answered.answer
+    scores: dict[str, float | None] = {
+        "em": metrics.exact_match(prediction, question.answers),
+        "f1": metrics.token_f1(prediction, question.answers),
+        "contains_em": metrics.contains_match(prediction, question.answers),
+        "format": float(has_format(answered.generation.text, marker=marker)),
+    }
+    if question.gold_doc_ids and hits:
+        found = list(dict.fromkeys(hit.passage.doc_id for hit in hits))
+        gains = dict.fromkeys(question.gold_doc_ids, 1.0)
+        scores[f"recall@{top_k}"] = metrics.recall_at_k(found, question.gold_doc_ids, k=top_k)
+        scores[f"success@{top_k}"] = metrics.success_at_k(found, question.gold_doc_ids, k=top_k)
+        scores["mrr@10"] = metrics.mrr_at_k(found, question.gold_doc_ids, k=10)
+        scores["ndcg@10"] = metrics.ndcg_of_ids(found, gains, k=10)
+    return {
+        "qid": question.qid,
+        "question": question.question,
+        "answers": list(question.answers),
+        "gold_doc_ids": list(question.gold_doc_ids),
+        "passages": [
+            {"doc_id": h.passage.doc_id, "title": h.passage.title, "text": h.passage.text, "score": round(h.score, 6)}
+            for h in answered.asked.shown
+        ],
+        "reply": answered.generation.text,
+        "answer": prediction,
+        "scores": scores,
+        "rewards": {},
+    }
+
+
+def mean_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean of every metric over the rows where it is defined.
+
+    Args:
+        rows: evaluated questions.
+
+    Returns:
+        Name to mean; a metric that is defined nowhere is absent.
+    """
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    means = {}
+    for name in names:
+        values = [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return means
+
+
+def confidence_intervals(before: Sequence[Row], after: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Paired bootstrap intervals of after - before, for every metric that both have.
+
+    Args:
+        before: rows before training.
+        after: rows after training, of the same questions.
+
+    Returns:
+        Metric to (low, high) at the 95% level.
+
+    Raises:
+        DataError: the two are not about the same questions.
+    """
+    if [row["qid"] for row in before] != [row["qid"] for row in after]:
+        raise DataError("before and after are not about the same questions: they cannot be compared")
+    found = {}
+    for name in mean_metrics(before):
+        pairs = [
+            (b["scores"][name], a["scores"].get(name))
+            for b, a in zip(before, after, strict=True)
+            if b["scores"].get(name) is not None and a["scores"].get(name) is not None
+        ]
+        if pairs:
+            old, new = zip(*pairs, strict=True)
+            found[name] = metrics.paired_bootstrap(old, new)
+    return found
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes rows as JSONL, all or nothing.
+
+    Args:
+        path: file to write.
+        rows: evaluated questions.
+    """
+    half = path.with_name(f".{path.name}.part")
+    with half.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(half, path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads rows that ``write_rows`` wrote.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Evaluated questions.
+    """
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

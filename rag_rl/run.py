@@ -1,0 +1,501 @@
+"""The life of a run: its folder, its seed, where it resumes, before and after, and what it leaves behind.
+
+A recipe calls ``start_run``, then ``Run.measure_before``, its trainer, and ``Run.finish``; ``launch`` turns errors that
+are the user's into one line. The run folder is described in ``docs/data_formats.md``.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rag_rl.config.parsing import config_difference, config_source, one_line_errors, parse, resolved
+from rag_rl.errors import BackendError, ConfigError, RunFolderError
+
+if TYPE_CHECKING:
+    from rag_rl.evaluation.assembly import Assembly
+    from rag_rl.evaluation.scoring import Evaluation, Row
+    from rag_rl.types import Question
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a run and its continuation: where and how it runs, not what it learns.
+RUNTIME_KEYS = frozenset(
+    {
+        "output_dir", "resume_from_checkpoint", "report_to", "run_name", "logging_steps", "log_completions", "save_steps",
+        "save_total_limit", "disable_tqdm", "dataloader_num_workers", "local_rank", "deepspeed", "use_cpu", "push_to_hub",
+        "num_completions_to_print", "report_examples", "generator_eval_batch_size", "retriever_batch_size",
+        "retriever_devices", "retriever_index_path", "project", "trackio_space_id", "hub_model_id",
+    }
+)  # fmt: skip
+PACKAGES = ("rag-rl", "trl", "transformers", "peft", "accelerate", "torch", "sentence-transformers", "datasets")
+
+
+@dataclass
+class Run:
+    """One run of a recipe.
+
+    Attributes:
+        folder: where everything goes.
+        recipe: stem of the recipe's file.
+        config: stem of the config's file.
+        seed: of everything.
+        checkpoint: where training goes on, None for the beginning.
+        settings: every setting, without secrets.
+        arguments: the parsed dataclasses, in the recipe's order.
+    """
+
+    folder: Path
+    recipe: str
+    config: str
+    seed: int
+    checkpoint: str | None
+    settings: dict[str, Any]
+    arguments: tuple[Any, ...]
+    started: float = field(default_factory=time.time)
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """Trainer callbacks that keep the time of training over interruptions."""
+        return [_clock(self.folder / "train_seconds.json")]
+
+    def measure_before(
+        self,
+        trainer: Any,
+        assembly: Assembly,
+        questions: Sequence[Question],
+        *,
+        rewards: Callable[..., Any] | None = None,
+        headroom_samples: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        """Evaluates the model that training starts from, once; a resumed run keeps what was measured first.
+
+        Args:
+            trainer: a TRL trainer whose policy is the generator.
+            assembly: how questions are asked.
+            questions: held out.
+            rewards: scores the rows by the run's rewards too, for the report.
+            headroom_samples: answers sampled to each of 200 questions, for pass@n and zero-variance groups; 0: none.
+            batch_size: answers a batch.
+        """
+        from rag_rl.evaluation.sampling import sample_statistics
+        from rag_rl.generation import PolicyGenerator
+
+        if (self.folder / "before.json").is_file():
+            return
+        policy = PolicyGenerator(trainer, batch_size=batch_size, generator_type=assembly.generator_type)  # type: ignore[arg-type]
+        asking = assembly.with_generator(policy)
+        started = time.time()
+        found = evaluate_sharded(asking, questions, rewards=rewards)
+        extra: dict[str, float] = {}
+        if headroom_samples:
+            extra = sample_statistics(asking, questions[:200], n=headroom_samples, seed=self.seed)
+        seconds = time.time() - started
+        with main_process_only() as main:
+            if main:
+                self._store("before", found, seconds, extra)
+
+    def finish(
+        self,
+        trainer: Any,
+        assembly: Assembly,
+        questions: Sequence[Question],
+        *,
+        rewards: Callable[..., Any] | None = None,
+        save_merged: bool = False,
+        batch_size: int = 64,
+        examples: int = 20,
+    ) -> None:
+        """Saves the trained part, evaluates it as reloaded from the run folder, and writes everything there is to see.
+
+        Args:
+            trainer: after training.
+            assembly: how questions are asked.
+            questions: the same as in ``measure_before``.
+            rewards: as in ``measure_before``.
+            save_merged: whether LoRA weights are merged into the base.
+            batch_size: answers a batch.
+            examples: questions shown in the report.
+        """
+        from rag_rl.generation import TransformersGenerator
+
+        save_policy(trainer, self.folder, merged=save_merged)
+        reloaded = TransformersGenerator.from_pretrained(
+            str(self.folder),
+            device=trainer.accelerator.device,
+            batch_size=batch_size,
+            generator_type=assembly.generator_type,  # type: ignore[arg-type]
+        )
+        started = time.time()
+        found = evaluate_sharded(assembly.with_generator(reloaded), questions, rewards=rewards)
+        seconds = time.time() - started
+        with main_process_only() as main:
+            if main:
+                trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
+                self._store("after", found, seconds, {})
+                self.write_results(trainer.state.log_history, examples=examples)
+
+    def write_results(self, log_history: list[dict[str, Any]], *, examples: int = 20) -> dict[str, Any]:
+        """Writes ``curves.png``, ``report.html``, the model card and, last, ``metrics.json``.
+
+        Args:
+            log_history: of the trainer.
+            examples: questions shown in the report.
+
+        Returns:
+            The content of ``metrics.json``.
+        """
+        from accelerate import PartialState
+
+        from rag_rl.evaluation.curves import draw_curves
+        from rag_rl.evaluation.model_card import model_card
+        from rag_rl.evaluation.report import write_report
+        from rag_rl.evaluation.scoring import confidence_intervals, read_rows
+
+        before, after = (json.loads((self.folder / f"{when}.json").read_text()) for when in ("before", "after"))
+        old, new = (read_rows(self.folder / f"{when}.jsonl") for when in ("before", "after"))
+        summary = {
+            "recipe": self.recipe,
+            "config": self.config,
+            "seed": self.seed,
+            "status": "complete",
+            "before": before["metrics"],
+            "after": after["metrics"],
+            "n_eval": len(new),
+            "num_processes": PartialState().num_processes,
+            "ci95": {name: list(interval) for name, interval in confidence_intervals(old, new).items()},
+            "train_seconds": _read_seconds(self.folder / "train_seconds.json"),
+            "eval_seconds": before["seconds"] + after["seconds"],
+            "peak_memory_bytes": peak_memory(),
+            **({"headroom": before["headroom"]} if before["headroom"] else {}),
+        }
+        title = f"{self.recipe}, {self.config}, seed {self.seed}"
+        draw_curves(log_history, self.folder / "curves.png")
+        write_report(
+            self.folder,
+            title=title,
+            summary=summary,
+            before_rows=old,
+            after_rows=new,
+            log_history=log_history,
+            config=self.settings,
+            notes=[f"Made with: {command_line()}"],
+            n_examples=examples,
+        )
+        card = model_card(
+            summary,
+            base_model=str(self.settings.get("model_name_or_path")),
+            recipe=self.recipe,
+            config_name=self.config,
+            title=title,
+        )
+        _write(self.folder / "README.md", card)
+        _write(self.folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
+        print(results_table(summary, self.folder))  # noqa: T201 - what the user waited for
+        return summary
+
+    def _store(self, when: str, found: Evaluation, seconds: float, headroom: dict[str, float]) -> None:
+        from rag_rl.evaluation.scoring import write_rows
+
+        write_rows(self.folder / f"{when}.jsonl", found.rows)
+        content = {"metrics": found.metrics, "seconds": seconds, "headroom": headroom}
+        _write(self.folder / f"{when}.json", json.dumps(content, indent=2) + "\n")
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Runs a recipe's ``main``: an error of the user ends in one line and exit code 2, a dead backend in exit code 1.
+
+    Args:
+        main: the recipe.
+
+    Raises:
+        SystemExit: after such an error.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "chromadb", "sentence_transformers", "faiss", "transformers_modules"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    program = Path(sys.argv[0]).name
+    with one_line_errors(program):
+        try:
+            main()
+        except BackendError as error:
+            print(f"{program}: stopped: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+            raise SystemExit(1) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            print(  # noqa: T201
+                f"{program}: stopped: {error.filename or 'the output folder'}: {error.strerror}; make room and go on with "
+                "--resume_from_checkpoint true",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from error
+
+
+def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[str] | None = None) -> Run:
+    """Parses the command line, opens the run folder, sets the seed and finds the resume point.
+
+    Args:
+        recipe_file: the recipe's ``__file__``.
+        arguments: dataclasses to fill; one of them is a ``transformers.TrainingArguments``.
+        argv: command line; None for the process's own.
+
+    Returns:
+        The run; its ``arguments`` are the filled dataclasses.
+
+    Raises:
+        SystemExit: code 2 after bad input; code 0 where this very run is already finished.
+        RunFolderError: the folder holds another run or an unfinished one.
+    """
+    instances = parse(recipe_file, *arguments, argv=argv)
+    config = config_source(argv, recipe_file).stem
+    from transformers import TrainingArguments, set_seed
+    from transformers.utils import logging as hf_logging
+
+    training = next(instance for instance in instances if isinstance(instance, TrainingArguments))
+    recipe = Path(recipe_file).stem
+    if training.output_dir in (None, "trainer_output"):
+        training.output_dir = f"runs/{recipe}-{config}-seed{training.seed}"
+    folder = Path(training.output_dir)
+    settings = resolved(instances)
+    resume = _truth(training.resume_from_checkpoint)
+    # Every process looks before any process writes.
+    checkpoint = open_folder(folder, {"recipe": recipe, **settings}, resume=resume)
+    training.resume_from_checkpoint = checkpoint
+    with main_process_only() as main:
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            record = {"recipe": recipe, "config": config, "made_with": versions(), **settings}
+            _write(folder / "resolved_config.yaml", yaml.safe_dump(record, sort_keys=False))
+    set_seed(training.seed)
+    hf_logging.set_verbosity_warning()
+    logger.info("run folder: %s", folder)
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
+    return Run(folder, recipe, config, training.seed, checkpoint, settings, instances)
+
+
+def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str | None:
+    """Decides what may be done with an output folder.
+
+    Args:
+        folder: the run folder, which may not exist.
+        settings: recipe and settings of this run.
+        resume: whether an unfinished run shall go on.
+
+    Returns:
+        Path of the checkpoint to go on from, or None for the beginning.
+
+    Raises:
+        SystemExit: code 0: this very run is already finished.
+        RunFolderError: the folder holds something else, another run, or an unfinished run and ``resume`` is off.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    recorded = folder / "resolved_config.yaml"
+    if not recorded.is_file():
+        raise RunFolderError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
+    before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    before = {key: value for key, value in before.items() if key not in ("config", "made_with")}
+    changed = config_difference(before, settings, ignore=RUNTIME_KEYS)
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise RunFolderError(
+            f"output_dir {folder} holds another run ({'; '.join(changed[:3])}{more}): give another --output_dir"
+        )
+    done = folder / "metrics.json"
+    if done.is_file() and json.loads(done.read_text(encoding="utf-8")).get("status") == "complete":
+        print(f"{folder} is already finished: see {folder / 'report.html'}")  # noqa: T201
+        raise SystemExit(0)
+    if not resume:
+        raise RunFolderError(
+            f"output_dir {folder} holds this run, unfinished: go on with --resume_from_checkpoint true, or give another "
+            "--output_dir"
+        )
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(folder))
+
+
+def evaluate_sharded(
+    assembly: Assembly, questions: Sequence[Question], *, rewards: Callable[..., Any] | None = None
+) -> Evaluation:
+    """Evaluates on all processes, each on its share; every process gets the whole result.
+
+    Shares are padded to the same length, so that collective generators make the same number of calls everywhere.
+
+    Args:
+        assembly: with a generator.
+        questions: all of them, the same on every process.
+        rewards: as in ``evaluate``.
+
+    Returns:
+        Metrics and rows of all questions, in their order.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from rag_rl.evaluation.scoring import Evaluation, evaluate, mean_metrics
+
+    state = PartialState()
+    world, rank = state.num_processes, state.process_index
+    if world == 1:
+        return evaluate(assembly, questions, rewards=rewards)
+    share = [questions[i % len(questions)] for i in range(rank, -(-len(questions) // world) * world, world)]
+    gathered: list[Row] = gather_object(evaluate(assembly, share, rewards=rewards).rows)
+    by_id = {row["qid"]: row for row in gathered}
+    rows = [by_id[question.qid] for question in questions]
+    return Evaluation(mean_metrics(rows), rows)
+
+
+def save_policy(trainer: Any, folder: Path, *, merged: bool) -> None:
+    """Saves a trained causal LM with its tokenizer: whole weights, or the LoRA adapter.
+
+    Args:
+        trainer: a TRL trainer.
+        folder: where to.
+        merged: merge a LoRA adapter into its base first.
+    """
+    trainer.processing_class.save_pretrained(folder)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not (merged and hasattr(model, "merge_and_unload")):
+        trainer.save_model(str(folder))
+        return
+    with main_process_only() as main:
+        if main:
+            model.merge_and_unload().save_pretrained(folder)
+
+
+@contextmanager
+def main_process_only() -> Iterator[bool]:
+    """Gives True to one process, and lets all wait for it at the end."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    yield state.is_main_process
+    state.wait_for_everyone()
+
+
+def results_table(summary: dict[str, Any], folder: Path) -> str:
+    """The before/after table of a finished run, for the terminal.
+
+    Args:
+        summary: content of ``metrics.json``.
+        folder: the run folder.
+
+    Returns:
+        Lines of text.
+    """
+    lines = [f"{'':14}{'before':>8}{'after':>8}{'change':>9}   95% interval"]
+    for name, after in summary["after"].items():
+        before = summary["before"].get(name)
+        if before is None:
+            continue
+        interval = summary["ci95"].get(name)
+        shown = f"[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
+        lines.append(f"{name:14}{before:8.3f}{after:8.3f}{after - before:+9.3f}   {shown}")
+    lines.append(
+        f"{summary['n_eval']} held-out questions; trained {summary['train_seconds']:.0f} s on "
+        f"{summary['num_processes']} process{'es' if summary['num_processes'] > 1 else ''}"
+    )
+    lines += [f"{label:8}{folder / name}" for label, name in (("report", "report.html"), ("curves", "curves.png"))]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on, and the commit of a source checkout.
+
+    Returns:
+        Name to version; ``commit`` only in a git checkout.
+    """
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(  # noqa: S603
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if git.returncode == 0:
+        found["commit"] = git.stdout.strip()
+    return found
+
+
+def command_line() -> str:
+    """The command that started this process, with the recipe's path relative to the current folder."""
+    program = Path(sys.argv[0])
+    if program.is_absolute():
+        program = Path(os.path.relpath(program))
+    return shlex.join(["accelerate", "launch", str(program), *sys.argv[1:]])
+
+
+def peak_memory() -> int:
+    """Most memory in use so far: of the accelerator where there is one, else of the process.
+
+    Returns:
+        Bytes.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _truth(value: str | bool | None) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ConfigError(f"resume_from_checkpoint must be true or false (the run folder is output_dir), got {value!r}")
+
+
+def _read_seconds(path: Path) -> float:
+    return float(json.loads(path.read_text())["train_seconds"]) if path.is_file() else 0.0
+
+
+def _clock(path: Path) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """Adds up the seconds of training over interruptions; what was done after the last checkpoint is done again."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.earlier, self.start = (_read_seconds(path) if state.global_step else 0.0), time.time()
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                _write(path, json.dumps({"train_seconds": self.earlier + time.time() - self.start}))
+
+        on_train_end = on_save
+
+    return Clock()
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a text file, all or nothing."""
+    half = path.with_name(f".{path.name}.part")
+    half.write_text(text, encoding="utf-8")
+    os.replace(half, path)

@@ -283,12 +283,33 @@ def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[s
             folder.mkdir(parents=True, exist_ok=True)
             record = {"recipe": recipe, "config": config, "made_with": versions(), **settings}
             _write(folder / "resolved_config.yaml", yaml.safe_dump(record, sort_keys=False))
+            keep_prompts(folder, settings)
     set_seed(training.seed)
     hf_logging.set_verbosity_warning()
     logger.info("run folder: %s", folder)
     if checkpoint:
         logger.info("going on from %s", checkpoint)
     return Run(folder, recipe, config, training.seed, checkpoint, settings, instances)
+
+
+def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
+    """Copies the prompts of a run into its folder: a later change of the package does not change what the run asks.
+
+    Args:
+        folder: the run folder.
+        settings: of the run; ``generator_prompt`` names one.
+    """
+    from rag_rl.prompts import load_prompt
+
+    name = settings.get("generator_prompt")
+    if not name:
+        return
+    try:
+        text = load_prompt(name)
+    except FileNotFoundError as error:
+        raise ConfigError(f"generator_prompt: {error}") from error
+    (folder / "prompts").mkdir(exist_ok=True)
+    _write(folder / "prompts" / f"{Path(name).stem}.txt", text + "\n")
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str | None:

@@ -201,20 +201,23 @@ def draw_curves(log_history: Iterable[Mapping[str, Any]], path: Path) -> None:
         steps, values = zip(*panel.points, strict=True)
         calm = smoothed(panel.points) if panel.noisy else panel.points
         if len(calm) == 1:
-            axes.plot(steps, values, "o", color="#1f5fbf", markersize=5, clip_on=False)
+            axes.plot(steps, values, "o", color="#1f5fbf", markersize=5, clip_on=False, zorder=3)
         else:
             if calm != panel.points:
                 axes.plot(steps, values, color="#1f5fbf", alpha=0.28, linewidth=0.9)
             dots = "o" if len(calm) <= 5 else None
-            axes.plot(
-                *zip(*calm, strict=True), color="#1f5fbf", linewidth=1.7, marker=dots, markersize=4, clip_on=False
-            )
+            # Above the axis: a quantity that stays at 0 would lie under it.
+            style = {"linewidth": 1.7, "marker": dots, "markersize": 4, "clip_on": False, "zorder": 3}
+            axes.plot(*zip(*calm, strict=True), color="#1f5fbf", **style)
         # A reward's name is the user's: "$" in it is no formula.
         axes.set_title(
-            f"{panel.title} ({panel.unit})" if panel.unit else panel.title, fontsize=9.5, loc="left", parse_math=False
+            _short(f"{panel.title} ({panel.unit})" if panel.unit else panel.title, 52),
+            fontsize=9.5,
+            loc="left",
+            parse_math=False,
         )
         axes.set_xlabel("step", fontsize=8.5)
-        axes.set_ylabel(panel.key, fontsize=8.5, parse_math=False)
+        axes.set_ylabel(_short(panel.key, 32), fontsize=8.5, parse_math=False)
         ticks = nice_ticks(min(values), max(values), target=4)
         axes.set_yticks(ticks, labels=[_tick(t, ticks) for t in ticks])
         axes.set_ylim(ticks[0], ticks[-1])
@@ -276,8 +279,12 @@ def svg_curve(
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
         return f'<polyline points="{path}" fill="none" stroke="var(--curve, #1f5fbf)" {style}/>'
 
-    head = escape(title)
-    tail = f'<tspan fill-opacity="0.68" font-weight="400"> {escape(unit)}</tspan>' if unit else ""
+    head = escape(_short(title, 40))
+    tail = (
+        f'<tspan fill-opacity="0.68" font-weight="400"> {escape(unit)}</tspan>'
+        if unit and len(title) + len(unit) < 50
+        else ""
+    )
     said = f"{title}: {_number(values[0])} at step {first}"
     if len(points) > 1:
         said += f", {_number(values[-1])} at step {last}, between {_number(min(values))} and {_number(max(values))}"
@@ -350,6 +357,11 @@ def _tick(value: float, ticks: Sequence[float]) -> str:
     if largest < 1e-3 or largest >= 1e5:
         return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+").replace(".0e", "e")
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+
+
+def _short(text: str, most: int) -> str:
+    """What a small picture has room for; names of the user's own metrics can be long."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _number(value: float) -> str:

@@ -1,0 +1,215 @@
+"""Answers from a finished run: the assembly that was trained, opened from its folder.
+
+Example:
+    ::
+
+        from rag_rl.ask import open_run
+        rag = open_run("runs/demo")
+        print(rag.ask("Who rules Elmton?").answer)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from rag_rl.config.arguments import DataArguments, GeneratorArguments, RetrieverArguments, RewardArguments
+from rag_rl.errors import ConfigError, RunFolderError
+from rag_rl.text import normalize_answer
+from rag_rl.types import Hit, Question
+
+if TYPE_CHECKING:
+    from rag_rl.evaluation.assembly import Answered, Assembly
+
+T = TypeVar("T")
+NEEDS_GOLD = frozenset({"em", "f1", "contains_em", "citation", "constant"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back to one question.
+
+    Attributes:
+        answer: the answer, None where the model gave none.
+        text: everything that the model wrote.
+        hits: the passages that it read, in that order, with the retriever's scores.
+        scores: rewards of this answer that need no gold answer, and ``agreement``, the share of candidates with the same
+            answer; empty unless several candidates were drawn.
+    """
+
+    answer: str | None
+    text: str
+    hits: tuple[Hit, ...]
+    scores: Mapping[str, float]
+
+
+class Answerer:
+    """A finished run, ready to answer.
+
+    Args:
+        assembly: with the trained generator.
+        judge: named values of the rewards that need no gold answer, for columns of completions.
+        weights: weight of each of these rewards.
+    """
+
+    def __init__(
+        self, assembly: Assembly, judge: Callable[..., Mapping[str, Any]] | None, weights: Mapping[str, float]
+    ) -> None:
+        self.assembly = assembly
+        self.judge = judge
+        self.weights = weights
+
+    def ask(self, question: str, *, best_of: int = 1, seed: int = 0) -> Reply:
+        """Answers one question.
+
+        Args:
+            question: any text.
+            best_of: candidates to draw. With more than one, the best by the run's rewards that need no gold answer is
+                returned; among equals the one that most candidates agree with.
+            seed: of the drawing.
+
+        Returns:
+            Answer, text, passages and scores.
+
+        Raises:
+            ConfigError: the question is empty, or ``best_of`` below 1.
+        """
+        if not question.strip():
+            raise ConfigError("the question is empty")
+        if best_of < 1:
+            raise ConfigError(f"best_of must be at least 1, got {best_of}")
+        asked = [Question("asked", question.strip(), ("",))]
+        if best_of == 1:
+            return _reply(self.assembly.answer(asked)[0][0], {})
+        candidates = self.assembly.answer(asked, temperature=1.0, n=best_of, seed=seed)[0]
+        return self._best(candidates)
+
+    def _best(self, candidates: list[Answered]) -> Reply:
+        same = Counter(normalize_answer(c.answer or "") for c in candidates)
+        scores: list[dict[str, float]] = [{} for _ in candidates]
+        if self.judge is not None:
+            named = self.judge(
+                completions=[c.generation.text for c in candidates],
+                completion_ids=[list(c.generation.token_ids or ()) for c in candidates],
+                question=[c.asked.question.question for c in candidates],
+                passages=[[hit.passage.contents for hit in c.asked.shown] for c in candidates],
+                answers=[list(c.asked.question.answers) for c in candidates],
+            )
+            for name, values in named.items():
+                for score, value in zip(scores, values, strict=True):
+                    if value is not None:
+                        score[name] = value
+        for candidate, score in zip(candidates, scores, strict=True):
+            score["agreement"] = same[normalize_answer(candidate.answer or "")] / len(candidates)
+
+        def rank(i: int) -> tuple[bool, float, float]:
+            reward = sum(self.weights.get(name, 0.0) * value for name, value in scores[i].items())
+            return candidates[i].answer is not None, reward, scores[i]["agreement"]
+
+        best = max(range(len(candidates)), key=rank)
+        return _reply(candidates[best], scores[best])
+
+
+def open_run(folder: str | Path, *, device: str | None = None) -> Answerer:
+    """Opens the folder of a finished generator run.
+
+    Args:
+        folder: the run folder.
+        device: where the model goes; None for the best there is.
+
+    Returns:
+        Something to ask.
+
+    Raises:
+        RunFolderError: the folder holds no finished run of a generator.
+        RetrievalIndexError: the run's index is damaged; a missing one is built again from the corpus.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    if "generator_prompt" not in settings:
+        raise RunFolderError(f"{folder} is a run of {settings.get('recipe')}, which trains no generator")
+
+    from rag_rl.config.parts import build_retriever
+    from rag_rl.evaluation.assembly import Assembly
+    from rag_rl.generation.transformers_generator import TransformersGenerator
+
+    generator_args = _fill(GeneratorArguments, settings)
+    retriever_args = _fill(RetrieverArguments, settings)
+    generator = TransformersGenerator.from_pretrained(
+        str(folder), device=device, generator_type=generator_args.generator_type
+    )
+    budget = int(settings["max_completion_length"])
+    assembly = Assembly(
+        retriever=build_retriever(retriever_args, _fill(DataArguments, settings)),
+        generator=generator,
+        prompt=_kept_prompt(folder, generator_args.generator_prompt),
+        answer_marker=generator_args.generator_answer_marker,
+        top_k=retriever_args.retriever_top_k,
+        order=generator_args.generator_passage_order,
+        max_new_tokens=budget,
+        max_prompt_tokens=generator.prompt_limit(budget),
+        count_tokens=generator.prompt_tokens,
+        generator_type=generator_args.generator_type,
+    )
+    return Answerer(assembly, *_gold_free_rewards(settings, generator_args))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Reads what a run was made with.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        Every setting by name.
+
+    Raises:
+        RunFolderError: no run is there, or it is not finished.
+    """
+    recorded = folder / "resolved_config.yaml"
+    if not recorded.is_file():
+        raise RunFolderError(f"{folder} holds no run (there is no resolved_config.yaml in it)")
+    if not (folder / "metrics.json").is_file():
+        raise RunFolderError(f"{folder} holds an unfinished run: go on with --resume_from_checkpoint true")
+    settings: dict[str, Any] = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    return settings
+
+
+def _reply(answered: Answered, scores: Mapping[str, float]) -> Reply:
+    return Reply(answered.answer, answered.generation.text, answered.asked.shown, scores)
+
+
+def _fill(kind: type[T], settings: Mapping[str, Any]) -> T:
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in settings.items() if name in names})
+
+
+def _kept_prompt(folder: Path, name: str) -> str:
+    kept = folder / "prompts" / f"{Path(name).stem}.txt"
+    return str(kept) if kept.is_file() else name
+
+
+def _gold_free_rewards(
+    settings: Mapping[str, Any], generator_args: GeneratorArguments
+) -> tuple[Callable[..., Mapping[str, Any]] | None, dict[str, float]]:
+    """The run's rewards that can score an answer to a new question, with their weights."""
+    from types import SimpleNamespace
+
+    from rag_rl.config.parts import build_rewards
+
+    names = settings["reward_names"]
+    weights = settings.get("reward_weights") or [1.0] * len(names)
+    kept = {
+        name: weight for name, weight in zip(names, weights, strict=True) if name not in NEEDS_GOLD and ":" not in name
+    }
+    if not kept:
+        return None, {}
+    args = dataclasses.replace(_fill(RewardArguments, settings), reward_names=list(kept), reward_required=[])
+    training = SimpleNamespace(reward_weights=None, max_completion_length=settings["max_completion_length"])
+    return build_rewards(args, generator_args, training).score, kept

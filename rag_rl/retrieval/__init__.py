@@ -1,0 +1,23 @@
+"""Retrievers: passages in, an index folder, hits out.
+
+Importing this package loads neither torch nor faiss nor chromadb; each is imported by the function that needs it.
+"""
+
+from __future__ import annotations
+
+from rag_rl.retrieval.build import build_index
+from rag_rl.retrieval.cached import CachedRetriever
+from rag_rl.retrieval.dense import DenseRetriever, open_index
+from rag_rl.retrieval.encoder import Encoder, SentenceEncoder
+from rag_rl.retrieval.static import ShuffledRetriever, StaticRetriever
+
+__all__ = [
+    "CachedRetriever",
+    "DenseRetriever",
+    "Encoder",
+    "SentenceEncoder",
+    "ShuffledRetriever",
+    "StaticRetriever",
+    "build_index",
+    "open_index",
+]

@@ -1,0 +1,184 @@
+"""The assembly: what is retrieved, shown and asked, and what is read from the reply."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from rag_rl.errors import ConfigError, DataError
+from rag_rl.evaluation.assembly import Assembly
+from rag_rl.generation import ScriptedGenerator
+from rag_rl.retrieval import StaticRetriever
+from rag_rl.types import Passage, Question
+
+ELMTON = Passage("d1", "Elmton lies on the Mira.", title="Elmton")
+GALTON = Passage("d2", "Galton lies on the Orl and is known for tin.", title="Galton")
+BORTON = Passage("d3", "Borton lies on the Var.", title="Borton")
+QUESTION = Question("q1", "Which river does Elmton lie on?", ("Mira",), ("d1",))
+OTHER = Question("q2", "Which river does Galton lie on?", ("Orl",), ("d2",))
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "ask.txt"
+    path.write_text("$passages\nQ: $question", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def retriever():
+    return StaticRetriever({QUESTION.question: [ELMTON, GALTON, BORTON], OTHER.question: [GALTON, ELMTON]})
+
+
+def words(prompts):
+    """Length of prompts in words, in place of a tokenizer."""
+    return [len((p if isinstance(p, str) else p[0]["content"]).split()) for p in prompts]
+
+
+def test_prompt_holds_question_and_numbered_passages(prompt, retriever):
+    (asked,) = Assembly(retriever=retriever, prompt=prompt, top_k=2).prepare([QUESTION])
+    text = (
+        "[1] Elmton\nElmton lies on the Mira.\n[2] Galton\nGalton lies on the Orl and is known for tin.\n"
+        "Q: Which river does Elmton lie on?"
+    )
+    assert asked.prompt == [{"role": "user", "content": text}]
+    assert [hit.passage.doc_id for hit in asked.hits] == ["d1", "d2"]
+    assert asked.cut == 0
+
+
+def test_base_generator_gets_plain_text(prompt, retriever):
+    (asked,) = Assembly(retriever=retriever, prompt=prompt, top_k=1, generator_type="base").prepare([QUESTION])
+    assert asked.prompt == "[1] Elmton\nElmton lies on the Mira.\nQ: Which river does Elmton lie on?"
+
+
+def test_without_retriever_there_are_no_passages(tmp_path):
+    path = tmp_path / "closed.txt"
+    path.write_text("Q: $question", encoding="utf-8")
+    (asked,) = Assembly(retriever=None, prompt=str(path)).prepare([QUESTION])
+    assert (asked.hits, asked.shown) == ((), ())
+    assert asked.prompt == [{"role": "user", "content": "Q: Which river does Elmton lie on?"}]
+
+
+def test_one_search_for_all_questions(prompt):
+    class Counting:
+        def __init__(self):
+            self.calls = []
+
+        def search(self, queries, *, top_k, exclude=None):
+            self.calls.append(list(queries))
+            return [[] for _ in queries]
+
+    retriever = Counting()
+    Assembly(retriever=retriever, prompt=prompt).prepare([QUESTION, OTHER])
+    assert retriever.calls == [[QUESTION.question, OTHER.question]]
+
+
+def test_orders(prompt, retriever):
+    def shown(order):
+        (asked,) = Assembly(retriever=retriever, prompt=prompt, order=order).prepare([QUESTION])
+        # What the rest of the program is told stands in the prompt in that order, and the hits stay ranked.
+        content = asked.prompt[0]["content"]
+        places = [content.index(hit.passage.text) for hit in asked.shown]
+        assert places == sorted(places)
+        assert [hit.rank for hit in asked.hits] == [1, 2, 3]
+        return [hit.passage.doc_id for hit in asked.shown]
+
+    assert shown("ranked") == ["d1", "d2", "d3"]
+    assert shown("reversed") == ["d3", "d2", "d1"]
+    assert sorted(shown("shuffled")) == ["d1", "d2", "d3"]
+    assert shown("shuffled") == shown("shuffled")
+
+
+def test_shuffle_depends_on_the_question(prompt):
+    retriever = StaticRetriever({}, default=[ELMTON, GALTON, BORTON])
+    questions = [Question(f"q{i}", f"Which {i}?", ("x",)) for i in range(20)]
+    asked = Assembly(retriever=retriever, prompt=prompt, order="shuffled").prepare(questions)
+    assert len({tuple(hit.passage.doc_id for hit in a.shown) for a in asked}) > 1
+
+
+def test_budget_takes_the_lowest_ranked_passages_and_never_the_question(prompt, retriever, caplog):
+    full = words([Assembly(retriever=retriever, prompt=prompt).prepare([QUESTION])[0].prompt])[0]
+    for budget in range(full - 1, 7, -1):
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            assembly = Assembly(retriever=retriever, prompt=prompt, max_prompt_tokens=budget, count_tokens=words)
+            (asked,) = assembly.prepare([QUESTION])
+        assert words([asked.prompt])[0] <= budget
+        assert asked.prompt[0]["content"].endswith(f"Q: {QUESTION.question}")
+        # The best ranks stay, and only the last one kept may be shortened.
+        kept = [hit.passage for hit in asked.shown]
+        assert [p.doc_id for p in kept] == ["d1", "d2", "d3"][: len(kept)]
+        assert [p.text for p in kept[:-1]] == [ELMTON.text, GALTON.text, BORTON.text][: max(0, len(kept) - 1)]
+        assert asked.cut >= 3 - len(kept)
+        assert asked.cut > 0
+        assert len(asked.hits) == 3  # what was retrieved is still known to the metrics
+        assert "1 of 1 prompts were longer" in caplog.text
+
+
+def test_budget_drops_by_rank_also_when_the_best_is_shown_last(prompt, retriever):
+    (full,) = Assembly(retriever=retriever, prompt=prompt, order="reversed").prepare([QUESTION])
+    budget = words([full.prompt])[0] - 7  # "[3] Borton Borton lies on the Var." and no more
+    assembly = Assembly(
+        retriever=retriever, prompt=prompt, order="reversed", max_prompt_tokens=budget, count_tokens=words
+    )
+    (asked,) = assembly.prepare([QUESTION])
+    assert [hit.passage for hit in asked.shown] == [GALTON, ELMTON]
+    assert asked.cut == 1
+
+
+def test_prompts_that_fit_are_left_alone(prompt, retriever):
+    plain = Assembly(retriever=retriever, prompt=prompt)
+    limited = Assembly(retriever=retriever, prompt=prompt, max_prompt_tokens=10_000, count_tokens=words)
+    assert limited.prepare([QUESTION, OTHER]) == plain.prepare([QUESTION, OTHER])
+
+
+def test_question_longer_than_the_budget_is_an_error(prompt, retriever):
+    assembly = Assembly(retriever=retriever, prompt=prompt, max_prompt_tokens=5, count_tokens=words)
+    with pytest.raises(DataError, match=r"5 (prompt )?tokens"):
+        assembly.prepare([QUESTION])
+
+
+def test_budget_needs_a_way_to_count(prompt, retriever):
+    with pytest.raises(ConfigError, match="count_tokens"):
+        Assembly(retriever=retriever, prompt=prompt, max_prompt_tokens=5).prepare([QUESTION])
+
+
+def test_bad_arguments(tmp_path, prompt, retriever):
+    with pytest.raises(ConfigError, match="retriever_top_k must be at least 1, got 0"):
+        Assembly(retriever=retriever, prompt=prompt, top_k=0)
+    with pytest.raises(ConfigError, match="no-such-prompt"):
+        Assembly(retriever=retriever, prompt="no-such-prompt")
+    blind = tmp_path / "blind.txt"
+    blind.write_text("Q: $question", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"\$passages"):
+        Assembly(retriever=retriever, prompt=str(blind))
+    with pytest.raises(ConfigError, match="no generator"):
+        Assembly(retriever=retriever, prompt=prompt).answer([QUESTION])
+
+
+def test_answers_are_read_from_the_replies(prompt, retriever):
+    generator = ScriptedGenerator(["<think>Elm?</think>It is near.\nAnswer: Mira\n", "<think>never closed"])
+    assembly = Assembly(retriever=retriever, prompt=prompt, generator=generator)
+    ((first,), (second,)) = assembly.answer([QUESTION, OTHER])
+    assert (first.answer, first.asked.question) == ("Mira", QUESTION)
+    assert first.generation.text.startswith("<think>")
+    assert (second.answer, second.asked.question) == (None, OTHER)
+    assert generator.prompts == [first.asked.prompt, second.asked.prompt]
+
+
+def test_samples_of_a_question_share_its_prompt(prompt, retriever):
+    generator = ScriptedGenerator(["Answer: Mira", "Answer: Orl", "Answer: Var", "Answer: Orl"])
+    assembly = Assembly(retriever=retriever, prompt=prompt, generator=generator)
+    answered = assembly.answer([QUESTION, OTHER], temperature=1.0, n=2, seed=0)
+    assert [[a.answer for a in group] for group in answered] == [["Mira", "Orl"], ["Var", "Orl"]]
+    assert answered[0][0].asked is answered[0][1].asked
+
+
+def test_with_generator_shares_everything_else(prompt, retriever):
+    first = Assembly(retriever=retriever, prompt=prompt, top_k=1, order="reversed")
+    second = first.with_generator(ScriptedGenerator(["Answer: Mira"]))
+    assert first.generator is None
+    assert second.retriever is retriever
+    assert second.prepare([QUESTION]) == first.prepare([QUESTION])
+    assert second.answer([QUESTION])[0][0].answer == "Mira"

@@ -1,0 +1,194 @@
+"""Scores of an evaluation, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rag_rl.errors import DataError
+from rag_rl.evaluation.assembly import Assembly
+from rag_rl.evaluation.scoring import (
+    confidence_intervals,
+    evaluate,
+    mean_metrics,
+    read_rows,
+    reward_columns,
+    write_rows,
+)
+from rag_rl.generation import ScriptedGenerator
+from rag_rl.retrieval import StaticRetriever
+from rag_rl.types import Passage, Question
+
+PASSAGES = [Passage(f"d{i}", f"Text {i}.", title=f"Title {i}") for i in range(1, 5)]
+D1, D2, D3, D4 = PASSAGES
+QUESTIONS = [
+    Question("q1", "one?", ("Mira", "the Mira River"), ("d2",)),
+    Question("q2", "two?", ("Jean Paul Orl",), ("d1", "d4")),
+    Question("q3", "three?", ("tin",)),
+]
+REPLIES = ["I think so.\nAnswer: the mira", "Answer: Paul Orl", "It is tin\nAnswer: copper, not tin\nThanks"]
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "ask.txt"
+    path.write_text("$passages\n$question", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def assembly(prompt):
+    retriever = StaticRetriever({"one?": [D1, D2, D3], "two?": [D1, D2, D3], "three?": [D3, D4]})
+    return Assembly(retriever=retriever, generator=ScriptedGenerator(REPLIES), prompt=prompt, top_k=3)
+
+
+def rows_of(values, name="em"):
+    return [{"qid": f"q{i}", "scores": {name: value}} for i, value in enumerate(values)]
+
+
+def test_scores_by_hand(assembly):
+    found = evaluate(assembly, QUESTIONS)
+    first, second, third = (row["scores"] for row in found.rows)
+    assert first == {
+        "em": 1.0,
+        "f1": 1.0,
+        "contains_em": 1.0,
+        "format": 1.0,
+        "recall@3": 1.0,
+        "success@3": 1.0,
+        "mrr@10": 0.5,
+        "ndcg@10": pytest.approx(1 / math.log2(3)),
+    }
+    # 2 of 2 predicted tokens are right, 2 of 3 gold ones found; 1 of 2 gold documents, at rank 1.
+    assert second == {
+        "em": 0.0,
+        "f1": pytest.approx(0.8),
+        "contains_em": 0.0,
+        "format": 1.0,
+        "recall@3": 0.5,
+        "success@3": 1.0,
+        "mrr@10": 1.0,
+        "ndcg@10": pytest.approx(1 / (1 + 1 / math.log2(3))),
+    }
+    # Something follows the answer's line, and nobody knows the gold documents: no retrieval metric, which is not 0.
+    assert third == {"em": 0.0, "f1": pytest.approx(0.5), "contains_em": 1.0, "format": 0.0}
+    assert found.metrics["em"] == pytest.approx(1 / 3)
+    assert found.metrics["f1"] == pytest.approx((1 + 0.8 + 0.5) / 3)
+    assert found.metrics["recall@3"] == pytest.approx(0.75)
+    assert found.metrics["mrr@10"] == pytest.approx(0.75)
+
+
+def test_rows_say_what_was_asked_and_answered(assembly):
+    row = evaluate(assembly, QUESTIONS).rows[0]
+    assert (row["qid"], row["question"], row["answers"]) == ("q1", "one?", ["Mira", "the Mira River"])
+    assert (row["reply"], row["answer"]) == (REPLIES[0], "the mira")
+    assert [p["doc_id"] for p in row["passages"]] == ["d1", "d2", "d3"]
+    assert row["passages"][1] == {"doc_id": "d2", "title": "Title 2", "text": "Text 2.", "score": 0.5}
+    assert row["gold_doc_ids"] == ["d2"]
+
+
+def test_no_answer_scores_zero(assembly):
+    silent = assembly.with_generator(ScriptedGenerator(["<think>hm"]))
+    (row,) = evaluate(silent, QUESTIONS[:1]).rows
+    assert row["answer"] is None
+    assert [row["scores"][name] for name in ("em", "f1", "contains_em", "format")] == [0.0] * 4
+    assert row["scores"]["recall@3"] == 1.0
+
+
+def test_chunks_of_one_document_count_once(prompt):
+    chunks = [Passage("d1", "a", chunk=0), Passage("d1", "b", chunk=1), Passage("d2", "c")]
+    retriever = StaticRetriever({"one?": chunks})
+    assembly = Assembly(retriever=retriever, generator=ScriptedGenerator(["Answer: x"]), prompt=prompt, top_k=3)
+    (row,) = evaluate(assembly, QUESTIONS[:1]).rows
+    assert row["scores"]["mrr@10"] == 0.5
+
+
+def test_batches_change_nothing(assembly):
+    whole = evaluate(assembly, QUESTIONS)
+    again = assembly.with_generator(ScriptedGenerator(REPLIES))
+    assert evaluate(again, QUESTIONS, batch_size=1) == whole
+
+
+def test_rewards_get_columns_and_keep_none(assembly):
+    seen = {}
+
+    def rewards(**columns):
+        seen.update(columns)
+        return {"length": [float(len(reply)) for reply in columns["completions"]], "judge": [None, 0.5, None]}
+
+    found = evaluate(assembly, QUESTIONS, rewards=rewards)
+    assert [row["rewards"]["judge"] for row in found.rows] == [None, 0.5, None]
+    assert found.rows[0]["rewards"]["length"] == len(REPLIES[0])
+    assert "length" not in found.metrics
+    assert seen["passages"][0][0] == "Title 1\nText 1."
+    assert seen["answers"][0] == ["Mira", "the Mira River"]
+    assert len(seen["prompts"]) == len(seen["completion_ids"]) == 3
+
+
+def test_reward_columns_show_what_the_reader_saw(prompt):
+    retriever = StaticRetriever({"one?": [D1, D2]})
+    asked = Assembly(retriever=retriever, prompt=prompt, order="reversed").prepare(QUESTIONS[:1])
+    assert reward_columns(asked) == {
+        "question": ["one?"],
+        "answers": [["Mira", "the Mira River"]],
+        "passages": [["Title 2\nText 2.", "Title 1\nText 1."]],
+        "passage_ids": [["d2", "d1"]],
+        "gold_doc_ids": [["d2"]],
+        "qid": ["q1"],
+    }
+
+
+def test_nothing_to_evaluate(assembly):
+    with pytest.raises(DataError, match="no question"):
+        evaluate(assembly, [])
+
+
+def test_means_leave_out_what_is_undefined():
+    rows = [
+        {"qid": "a", "scores": {"em": 1.0, "mrr@10": None}},
+        {"qid": "b", "scores": {"em": 0.0, "mrr@10": 0.25, "judge_accuracy": None}},
+    ]
+    assert mean_metrics(rows) == {"em": 0.5, "mrr@10": 0.25}
+
+
+def test_intervals():
+    better = confidence_intervals(rows_of([0.0] * 30), rows_of([1.0] * 30))
+    assert better == {"em": (1.0, 1.0)}
+    low, high = confidence_intervals(rows_of([0.0, 1.0] * 20), rows_of([1.0, 0.0] * 20))["em"]
+    assert low < 0 < high
+
+
+def test_intervals_pair_only_what_both_define():
+    before, after = rows_of([0.0, None, 1.0]), rows_of([1.0, 1.0, None])
+    assert confidence_intervals(before, after) == {"em": (1.0, 1.0)}
+    assert confidence_intervals(rows_of([0.0]), rows_of([1.0], "f1")) == {}
+
+
+@pytest.mark.parametrize("after", [[0.0, 1.0, 1.0], [0.0]])
+def test_intervals_refuse_other_questions(after):
+    with pytest.raises(DataError, match="not about the same questions"):
+        confidence_intervals(rows_of([0.0, 1.0]), rows_of(after))
+
+
+def test_intervals_refuse_another_order():
+    rows = rows_of([0.0, 1.0])
+    with pytest.raises(DataError, match="not about the same questions"):
+        confidence_intervals(rows, rows[::-1])
+
+
+def test_rows_survive_their_file(tmp_path, assembly):
+    rows = evaluate(assembly, QUESTIONS).rows
+    rows[0]["reply"] = "Zürich\u2028\n„Mira“"
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
+    assert read_rows(path) == rows
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".txt"] == ["rows.jsonl"]
+
+
+def test_a_failed_write_leaves_the_old_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows_of([1.0]))
+    with pytest.raises(TypeError):
+        write_rows(path, [*rows_of([0.0]), {"qid": object()}])
+    assert read_rows(path) == rows_of([1.0])

@@ -78,13 +78,11 @@ fmt: $(DEV_STAMP)  ## format, and fix what can be fixed
 	@$(VENV)/bin/ruff format .
 
 tiny-models: $(DEV_STAMP)  ## make the packaged tiny models again from nothing (up to 4 hours on 2 cores)
+	@$(PY) -m rag_rl.tiny.make_data
 	@$(PY) -m rag_rl.tiny.make
 
-learn: $(RUN_STAMP)  ## the learning table of recipes/README.md: the tiny runs of seeds 1, 2 and 3
-	@for seed in $(SEEDS); do \
-		$(LAUNCH) recipes/grpo_generator.py --seed $$seed --output_dir runs/learn/grpo_generator-seed$$seed || exit 1; \
-	done
-	@for seed in $(SEEDS); do $(VENV)/bin/rag-rl show runs/learn/grpo_generator-seed$$seed || exit 1; done
+learn: $(RUN_STAMP)  ## the learning table of recipes/README.md: tiny runs of seeds 1, 2 and 3, and their controls
+	@$(PY) tools/learning_table.py --seeds $(SEEDS)
 
 new-recipe: $(DEV_STAMP)  ## NAME=grpo_cite [LIKE=grpo_generator]: a skeleton that passes the checks
 	@$(PY) tools/new_recipe.py "$(NAME)" $(if $(LIKE),--like "$(LIKE)")

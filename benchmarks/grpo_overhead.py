@@ -1,8 +1,8 @@
-"""Step time of ``recipes/grpo_generator.py`` against the bare GRPOTrainer with a trivial reward, both sides in one run.
+"""Step time of ``recipes/grpo_generator.py`` against the bare GRPOTrainer with a trivial reward, in one run.
 
-Both sides have the same model, the same prompts, the same settings. The bare side has one constant reward and no callback; our side
-has the recipe's own rewards and callbacks. Pairs of ``--steps`` steps are interleaved; the ratio is the median over the pairs, with
-a bootstrap interval. Bound: 1.03 (holds where the interval's lower end is within it).
+Both sides have the same model, the same prompts and settings. The bare side has one trivial reward and no callback,
+ours has the recipe's own rewards and callbacks. Short trainings are interleaved in pairs; the ratio is the median over
+the pairs, with a bootstrap interval. Bound: 1.03 (holds where the interval's lower end is within it).
 
     python benchmarks/grpo_overhead.py --pairs 7 --steps 5
 """
@@ -38,8 +38,17 @@ def build(steps: int, folder: str) -> tuple[Any, Any]:
     from rag_rl.config.parts import build_assembly, build_prompts, build_questions, build_retriever, build_rewards
     from rag_rl.run import start_run
 
-    kinds = (RunArguments, DataArguments, RetrieverArguments, GeneratorArguments, RewardArguments, GRPOConfig, ModelConfig)
-    flags = ["--output_dir", f"{folder}/ours", "--max_steps", str(steps), "--save_strategy", "no", "--disable_tqdm", "true"]
+    kinds = (
+        RunArguments,
+        DataArguments,
+        RetrieverArguments,
+        GeneratorArguments,
+        RewardArguments,
+        GRPOConfig,
+        ModelConfig,
+    )
+    flags = ["--output_dir", f"{folder}/ours", "--max_steps", str(steps), "--save_strategy", "no"]
+    flags += ["--disable_tqdm", "true"]
     run = start_run(str(ROOT / "recipes" / "grpo_generator.py"), kinds, argv=flags)
     _, data, retriever_args, generator_args, reward_args, training, model = run.arguments
     questions, _ = build_questions(data, seed=1)
@@ -80,7 +89,7 @@ def main() -> None:
         timed(ours), timed(bare)  # warm up
         pairs = []
         for i in range(args.pairs):
-            # The policy drifts with training, and longer answers cost time on both sides: start each pair from the same weights.
+            # The policy drifts with training, and longer answers take longer: each side starts from the same weights.
             first, second = (ours, bare) if i % 2 == 0 else (bare, ours)
             seconds = {id(t): timed(reset(t)) for t in (first, second)}
             pairs.append(seconds[id(ours)] / seconds[id(bare)])

@@ -39,8 +39,8 @@ class Reply:
         answer: the answer, None where the model gave none.
         text: everything that the model wrote.
         hits: the passages that it read, in that order, with the retriever's scores.
-        scores: rewards of this answer that need no gold answer, and ``agreement``, the share of candidates with the same
-            answer; empty unless several candidates were drawn.
+        scores: rewards of this answer that need no gold answer, and ``agreement``, the share of candidates with the
+            same answer; empty unless several candidates were drawn.
     """
 
     answer: str | None
@@ -116,22 +116,27 @@ class Answerer:
         return _reply(candidates[best], scores[best])
 
 
-def open_run(folder: str | Path, *, device: str | None = None) -> Answerer:
+def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -> Answerer:
     """Opens the folder of a finished generator run.
 
     Args:
         folder: the run folder.
         device: where the model goes; None for the best there is.
+        **changed: settings of the run to change for asking, for example ``retriever_top_k=10``.
 
     Returns:
         Something to ask.
 
     Raises:
         RunFolderError: the folder holds no finished run of a generator.
+        ConfigError: there is no setting of that name.
         RetrievalIndexError: the run's index is damaged; a missing one is built again from the corpus.
     """
     folder = Path(folder)
-    settings = read_settings(folder)
+    recorded = read_settings(folder)
+    if unknown := sorted(changed.keys() - recorded.keys()):
+        raise ConfigError(f"{folder} has no setting {unknown[0]!r}: resolved_config.yaml lists them all")
+    settings = {**recorded, **changed}
     if "generator_prompt" not in settings:
         raise RunFolderError(f"{folder} is a run of {settings.get('recipe')}, which trains no generator")
 
@@ -145,6 +150,7 @@ def open_run(folder: str | Path, *, device: str | None = None) -> Answerer:
         str(folder), device=device, generator_type=generator_args.generator_type
     )
     budget = int(settings["max_completion_length"])
+    limits = [generator_args.generator_max_prompt_tokens, generator.prompt_limit(budget)]
     assembly = Assembly(
         retriever=build_retriever(retriever_args, _fill(DataArguments, settings)),
         generator=generator,
@@ -153,7 +159,7 @@ def open_run(folder: str | Path, *, device: str | None = None) -> Answerer:
         top_k=retriever_args.retriever_top_k,
         order=generator_args.generator_passage_order,
         max_new_tokens=budget,
-        max_prompt_tokens=generator.prompt_limit(budget),
+        max_prompt_tokens=min((limit for limit in limits if limit is not None), default=None),
         count_tokens=generator.prompt_tokens,
         generator_type=generator_args.generator_type,
     )

@@ -33,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             args.command(args)
         except BackendError as error:
-            print(f"rag-rl: stopped: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+            print(f"rag-rl: stopped: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(1) from error
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rag-rl", description="Look at runs, ask them, see what this machine can do.")
+    description = "Look at runs, ask them, see what this machine can do."
+    parser = argparse.ArgumentParser(prog="rag-rl", description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     ask = commands.add_parser("ask", help="answer a question with a finished run", allow_abbrev=False)
@@ -69,14 +70,15 @@ def _ask(args: argparse.Namespace) -> None:
             for h in reply.hits
         ]
         content = {"answer": reply.answer, "text": reply.text, "scores": dict(reply.scores), "passages": passages}
-        print(json.dumps(content, indent=2, ensure_ascii=False))  # noqa: T201
+        print(json.dumps(content, indent=2, ensure_ascii=False))
         return
     lines = [f"answer:  {reply.answer if reply.answer is not None else '(none)'}", f"reply:   {reply.text.strip()}"]
     if reply.scores:
         lines.append("scores:  " + "  ".join(f"{name} {value:.2f}" for name, value in reply.scores.items()))
     for number, hit in enumerate(reply.hits, start=1):
-        lines.append(f"[{number}] {hit.score:.3f}  {hit.passage.doc_id}: {' '.join(hit.passage.contents.split())[:160]}")
-    print("\n".join(lines))  # noqa: T201
+        contents = " ".join(hit.passage.contents.split())
+        lines.append(f"[{number}] {hit.score:.3f}  {hit.passage.doc_id}: {contents[:160]}")
+    print("\n".join(lines))
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -85,12 +87,13 @@ def _show(args: argparse.Namespace) -> None:
     path = args.run / "metrics.json"
     if not path.is_file():
         raise RunFolderError(f"{args.run} holds no finished run (there is no metrics.json in it)")
-    print(results_table(json.loads(path.read_text(encoding="utf-8")), args.run))  # noqa: T201
+    print(results_table(json.loads(path.read_text(encoding="utf-8")), args.run))
 
 
 PACKAGES = {
     "torch": "", "transformers": "", "trl": "", "peft": "", "accelerate": "", "datasets": "",
-    "sentence-transformers": "", "chromadb": "", "bitsandbytes": "", "openai": "", "faiss": "pip install 'rag-rl[cpu]' or [gpu]",
+    "sentence-transformers": "", "chromadb": "", "bitsandbytes": "", "openai": "",
+    "faiss": "pip install 'rag-rl[cpu]' or [gpu]",
     "deepspeed": "pip install 'rag-rl[gpu]' (ZeRO configs)", "vllm": "pip install 'rag-rl[gpu]' (use_vllm)",
 }  # fmt: skip
 
@@ -106,9 +109,9 @@ def _doctor(args: argparse.Namespace) -> None:
     lines += _gpus()
     compiler = shutil.which("c++") or shutil.which("g++")
     lines.append(f"  C++ compiler: {'yes' if compiler else 'none (DeepSpeed builds parts of itself when it starts)'}")
-    lines += ["", "data", f"  RAG_RL_DATA  {os.environ.get('RAG_RL_DATA', 'not set: ${data} is ./data')}", "", "configs"]
-    lines += _configs()
-    print("\n".join(lines))  # noqa: T201
+    lines += ["", "data", f"  RAG_RL_DATA  {os.environ.get('RAG_RL_DATA', 'not set: ${data} is ./data')}"]
+    lines += ["", "configs", *_configs()]
+    print("\n".join(lines))
 
 
 def _version(name: str) -> str:

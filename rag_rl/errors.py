@@ -6,7 +6,7 @@
     ├── UserError                 the input is wrong: one line, exit code 2, nothing was changed
     │   ├── ConfigError           a key, a type or a value of the configuration
     │   ├── DataError             a file: missing, unreadable, or with bad rows
-    │   ├── RetrievalIndexError           an index that does not fit or is damaged
+    │   ├── RetrievalIndexError   an index that does not fit or is damaged
     │   │   ├── IndexMismatchError    made with another encoder, other texts or other settings
     │   │   └── IndexDamagedError     files missing, cut or changed
     │   ├── RunFolderError        an output folder that holds something else
@@ -61,21 +61,22 @@ class BackendError(RagRLError):
     """A service or device failed in mid-run; the message names it."""
 
 
-def bad_rows(path: str, rows: Sequence[tuple[int, str]], *, shown: int = 5) -> DataError:
+def bad_rows(path: str, rows: Sequence[tuple[int, str]], *, shown: int = 5, unit: str = "line") -> DataError:
     """Makes the error for a file with bad rows.
 
     Args:
         path: the file.
-        rows: (line number from 1, what is wrong with it) of every bad row.
+        rows: (number from 1, what is wrong with it) of every bad row.
         shown: how many are spelt out.
+        unit: what rows are numbered by: lines, or items of an array, or rows of a table.
 
     Returns:
-        An error whose message names file, line and trouble of the first rows and counts the others.
+        An error whose message names file, place and trouble of the first rows and counts the others.
 
     Example:
         >>> print(bad_rows("q.jsonl", [(3, "field 'answers' is missing")]))
         q.jsonl: 1 bad row: line 3: field 'answers' is missing
     """
-    listed = "; ".join(f"line {line}: {trouble}" for line, trouble in rows[:shown])
+    listed = "; ".join(f"{unit} {number}: {trouble}" for number, trouble in rows[:shown])
     more = f"; and {len(rows) - shown} more" if len(rows) > shown else ""
     return DataError(f"{path}: {len(rows)} bad row{'s' if len(rows) != 1 else ''}: {listed}{more}")

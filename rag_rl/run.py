@@ -1,7 +1,8 @@
 """The life of a run: its folder, its seed, where it resumes, before and after, and what it leaves behind.
 
-A recipe calls ``start_run``, then ``Run.measure_before``, its trainer, and ``Run.finish``; ``launch`` turns errors that
-are the user's into one line. The run folder is described in ``docs/data_formats.md``.
+A recipe calls ``start_run``, then ``Run.measure_before``, its trainer, and ``Run.finish``; one that trains nothing
+calls ``start_data_run``. ``launch`` turns errors that are the user's into one line. The run folder is described in
+``docs/data_formats.md``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rag_rl.config.parsing import config_difference, config_source, one_line_errors, parse, resolved
-from rag_rl.errors import BackendError, ConfigError, RunFolderError
+from rag_rl.errors import BackendError, ConfigError, RunFolderError, UserError
 
 if TYPE_CHECKING:
     from rag_rl.evaluation.assembly import Assembly
@@ -33,15 +35,24 @@ if TYPE_CHECKING:
     from rag_rl.types import Question
 
 logger = logging.getLogger(__name__)
+# Importing TRL imports bitsandbytes, which on some CPUs warns of a kernel that it could download; recipes therefore
+# import this module first (recipes/ruff.toml).
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # What may differ between a run and its continuation: where and how it runs, not what it learns.
 RUNTIME_KEYS = frozenset(
     {
-        "output_dir", "resume_from_checkpoint", "report_to", "run_name", "logging_steps", "log_completions", "save_steps",
-        "save_total_limit", "disable_tqdm", "dataloader_num_workers", "local_rank", "deepspeed", "use_cpu", "push_to_hub",
-        "num_completions_to_print", "report_examples", "generator_eval_batch_size", "retriever_batch_size",
-        "retriever_devices", "retriever_index_path", "project", "trackio_space_id", "hub_model_id",
+        "output_dir", "resume_from_checkpoint", "report_to", "run_name", "logging_steps", "log_completions",
+        "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "local_rank", "deepspeed",
+        "use_cpu", "push_to_hub", "num_completions_to_print", "report_examples", "generator_eval_batch_size",
+        "retriever_batch_size", "retriever_devices", "retriever_index_path", "project", "trackio_space_id",
+        "hub_model_id",
     }
+)  # fmt: skip
+# What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_TEXTS = (
+    *(f"(os error {number})" for number in _DISK_FULL), "PytorchStreamWriter failed", "inline_container.cc",
 )  # fmt: skip
 PACKAGES = ("rag-rl", "trl", "transformers", "peft", "accelerate", "torch", "sentence-transformers", "datasets")
 
@@ -230,22 +241,48 @@ def launch(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "chromadb", "sentence_transformers", "faiss", "transformers_modules"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # TRL's own defaults use the old name (transformers 5.23 renames it).
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     program = Path(sys.argv[0]).name
     with one_line_errors(program):
         try:
             main()
+        except UserError:
+            raise
         except BackendError as error:
             print(f"{program}: stopped: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
             raise SystemExit(1) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except Exception as error:
+            trouble = disk_trouble(error)
+            if trouble is None:
                 raise
             print(  # noqa: T201
-                f"{program}: stopped: {error.filename or 'the output folder'}: {error.strerror}; make room and go on with "
-                "--resume_from_checkpoint true",
+                f"{program}: stopped: {trouble}; make room and go on with --resume_from_checkpoint true",
                 file=sys.stderr,
             )
             raise SystemExit(1) from error
+
+
+def disk_trouble(error: Exception) -> str | None:
+    """Says in a few words that a write failed for want of room.
+
+    Args:
+        error: of Python, safetensors or torch.
+
+    Returns:
+        What failed, or None for any other error.
+
+    Example:
+        >>> disk_trouble(OSError(errno.ENOSPC, "No space left on device", "runs/a/model.safetensors"))
+        'runs/a/model.safetensors: No space left on device'
+        >>> disk_trouble(ValueError("no space left for doubt"))
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return f"{error.filename or 'the output folder'}: {error.strerror}"
+    if any(text in str(error) for text in _DISK_FULL_TEXTS):
+        first = str(error).strip().split("\n")[0]
+        return f"the output folder cannot be written to, most likely for want of room ({first})"
+    return None
 
 
 def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[str] | None = None) -> Run:
@@ -292,6 +329,61 @@ def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[s
     return Run(folder, recipe, config, training.seed, checkpoint, settings, instances)
 
 
+def start_data_run(
+    recipe_file: str, arguments: Sequence[type[Any]], *, parent: str, argv: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """What ``start_run`` is to a recipe that trains: parses the command line and names the output.
+
+    Args:
+        recipe_file: the recipe's ``__file__``.
+        arguments: dataclasses to fill; one of them has a field ``output_dir``.
+        parent: what is made goes to ``<parent>/<config>`` unless the user says where.
+        argv: command line; None for the process's own.
+
+    Returns:
+        The filled dataclasses.
+
+    Raises:
+        SystemExit: code 2 after bad input.
+    """
+    instances = parse(recipe_file, *arguments, argv=argv)
+    output = next(instance for instance in instances if hasattr(instance, "output_dir"))
+    output.output_dir = output.output_dir or str(Path(parent) / config_source(argv, recipe_file).stem)
+    return instances
+
+
+def report_index(retriever: Any, questions: Sequence[Question], *, top_k: int, seconds: float) -> dict[str, Any]:
+    """Prints what an index holds and, where questions with gold documents are given, what a search in it finds.
+
+    Args:
+        retriever: as from ``open_index``.
+        questions: may be empty; those without gold documents are left out.
+        top_k: passages a question.
+        seconds: that building took.
+
+    Returns:
+        What is printed, by name.
+    """
+    from rag_rl.evaluation.scoring import evaluate_retrieval
+
+    known = [question for question in questions if question.gold_doc_ids]
+    found: dict[str, Any] = {
+        "index": str(retriever.folder),
+        "passages": len(retriever),
+        "dimension": retriever.dimension,
+        "fingerprint": retriever.fingerprint,
+        "seconds": round(seconds, 1),
+    }
+    if known:
+        found |= {"questions": len(known), **evaluate_retrieval(retriever, known, top_k=top_k)}
+    with main_process_only() as main:
+        if main:
+            for name, value in found.items():
+                shown = f"{value:.3f}" if isinstance(value, float) and name != "seconds" else value
+                print(f"{name:14}{shown}")  # noqa: T201
+    return found
+
+
 def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
     """Copies the prompts of a run into its folder: a later change of the package does not change what the run asks.
 
@@ -327,11 +419,17 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str 
         SystemExit: code 0: this very run is already finished.
         RunFolderError: the folder holds something else, another run, or an unfinished run and ``resume`` is off.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise RunFolderError(f"output_dir {folder} is a file: give another --output_dir")
+    if all(path.name.endswith(".part") for path in folder.iterdir()):  # what a kill leaves of the very first file
         return None
     recorded = folder / "resolved_config.yaml"
     if not recorded.is_file():
         raise RunFolderError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
+    if not (folder / "before.json").is_file() and not list(folder.glob("checkpoint-*")):
+        return None  # stopped before anything was measured, for instance by bad data: nothing would be lost
     before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
     before = {key: value for key, value in before.items() if key not in ("config", "made_with")}
     changed = config_difference(before, settings, ignore=RUNTIME_KEYS)
@@ -346,12 +444,30 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str 
         raise SystemExit(0)
     if not resume:
         raise RunFolderError(
-            f"output_dir {folder} holds this run, unfinished: go on with --resume_from_checkpoint true, or give another "
-            "--output_dir"
+            f"output_dir {folder} holds this run, unfinished: go on with --resume_from_checkpoint true, or give "
+            "another --output_dir"
         )
-    from transformers.trainer_utils import get_last_checkpoint
+    return last_checkpoint(folder)
 
-    return get_last_checkpoint(str(folder))
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a run.
+
+    A kill or a full disk leaves half a checkpoint; ``trainer_state.json`` is what transformers writes last.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        Its path, None where there is none.
+    """
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), str(state.parent)))
+        except (ValueError, KeyError):
+            continue
+    return max(whole)[1] if whole else None
 
 
 def evaluate_sharded(
@@ -397,10 +513,30 @@ def save_policy(trainer: Any, folder: Path, *, merged: bool) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not (merged and hasattr(model, "merge_and_unload")):
         trainer.save_model(str(folder))
+        with main_process_only() as main:
+            if main:
+                make_base_relative(folder)
         return
     with main_process_only() as main:
         if main:
             model.merge_and_unload().save_pretrained(folder)
+
+
+def make_base_relative(folder: Path) -> None:
+    """Names the base of a saved adapter relative to its folder, where it is a local one: the two can move together.
+
+    Args:
+        folder: with or without an ``adapter_config.json``.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    base = content.get("base_model_name_or_path") or ""
+    if not Path(base).is_absolute():
+        return
+    content["base_model_name_or_path"] = Path(os.path.relpath(base, folder)).as_posix()
+    _write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager
@@ -451,8 +587,8 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(  # noqa: S603
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],  # noqa: S607
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
         capture_output=True,
         text=True,
         check=False,
@@ -501,7 +637,7 @@ def _clock(path: Path) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """Adds up the seconds of training over interruptions; what was done after the last checkpoint is done again."""
+        """Adds up the seconds of training over interruptions; what follows the last checkpoint is done again."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.earlier, self.start = (_read_seconds(path) if state.global_step else 0.0), time.time()
@@ -518,5 +654,8 @@ def _clock(path: Path) -> Any:
 def _write(path: Path, text: str) -> None:
     """Writes a text file, all or nothing."""
     half = path.with_name(f".{path.name}.part")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
+    try:
+        half.write_text(text, encoding="utf-8")
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """The values that travel between the parts of rag-rl, and the protocol that each part speaks.
 
-Everything here is plain data or a ``typing.Protocol``: no torch, no faiss, no network. A part is whatever has the right
-methods; nothing has to inherit from anything. All protocols are batch-first and give one result per input, in input order.
+Everything here is plain data or a ``typing.Protocol``: no torch, no faiss, no network. A part is whatever has the
+right methods; nothing has to inherit from anything. All protocols are batch-first and give one result per input, in
+input order.
 
 Shape letters, used through the whole project: B prompts (or queries), G group, K candidates, T tokens, D width.
 """

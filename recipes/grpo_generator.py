@@ -11,8 +11,6 @@ One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml reci
 Cluster: accelerate launch --config_file accelerate_configs/zero2.yaml recipes/grpo_generator.py --config NAME
 """
 
-from trl import GRPOConfig, ModelConfig
-
 from rag_rl.config.arguments import (
     DataArguments,
     GeneratorArguments,
@@ -21,6 +19,7 @@ from rag_rl.config.arguments import (
     RunArguments,
 )
 from rag_rl.run import launch, start_run
+from trl import GRPOConfig, ModelConfig
 
 ARGUMENTS = (
     RunArguments,
@@ -39,9 +38,8 @@ def main() -> None:
     run = start_run(__file__, ARGUMENTS)
     run_args, data_args, retriever_args, generator_args, reward_args, training_args, model_args = run.arguments
 
-    from trl import GRPOTrainer, get_peft_config, get_quantization_config
-
     from rag_rl.config.parts import build_assembly, build_prompts, build_questions, build_retriever, build_rewards
+    from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
     # 2. Data: questions to train on, and held-out ones
     questions, held_out = build_questions(data_args, seed=run.seed)

@@ -7,7 +7,9 @@ import os
 import random
 import re
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,6 @@ def _network_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """The same random numbers in every test, whatever ran before it."""
-    import sys
-
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -107,6 +107,71 @@ def data_root() -> Path:
     root = Path(named).resolve()
     assert root.is_dir(), f"RAG_RL_DATA names {root}, and there is no such folder"
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the indexes of tests out of the user's cache; all runs of a session share them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAG_RL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+# The tiny config cut down to seconds: what a run leaves is all there, what it learns is nothing.
+SHORT = {
+    "max_steps": 3,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "data_train_size": 32,
+    "data_eval_size": 20,
+    "headroom_samples": 2,
+    "per_device_train_batch_size": 16,
+}
+
+
+@pytest.fixture(scope="session")
+def short() -> Callable[..., list[str]]:
+    """Makes the flags of a short run of grpo_generator; ``short(max_steps=5)`` changes one, None leaves it out."""
+
+    def flags(**changes: Any) -> list[str]:
+        chosen = {name: value for name, value in {**SHORT, **changes}.items() if value is not None}
+        return [word for name, value in chosen.items() for word in (f"--{name}", *str(value).split())]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def run_recipe() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a recipe in a process of its own: ``run_recipe("grpo_generator", *flags, cwd=..., env={...})``."""
+
+    def run(
+        recipe: str | Path, *flags: object, env: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        path = Path(__file__).parents[1] / "recipes" / f"{recipe}.py" if isinstance(recipe, str) else recipe
+        return subprocess.run(
+            [sys.executable, str(path), *map(str, flags)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            env={**os.environ, **(env or {})},
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    run_recipe: Callable[..., subprocess.CompletedProcess[str]],
+    short: Callable[..., list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of a short, finished run of recipes/grpo_generator.py; tests that write to it take a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = run_recipe("grpo_generator", *short(), "--output_dir", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------------

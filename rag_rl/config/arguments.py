@@ -1,5 +1,6 @@
-"""The flags that recipes share, one dataclass a part. Each is prefixed by its part, because TRL's own configs already own
-short names such as ``top_k`` and ``temperature``.
+"""The flags that recipes share, one dataclass a part.
+
+Each is prefixed by its part, because TRL's own configs already own short names such as ``top_k`` and ``temperature``.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class RunArguments:
     headroom_samples: int = field(
         default=0,
         metadata={
-            "help": "before training, sample this many answers to each of 200 held-out questions and record pass@n and "
-            "the share of groups without variance; 0 leaves it out"
+            "help": "before training, sample this many answers to each of 200 held-out questions and record pass@n "
+            "and the share of groups without variance; 0 leaves it out"
         },
     )
 

@@ -317,6 +317,12 @@ def _quoted(value: Any) -> str:
 def _fields(dataclasses_: Sequence[type[Any]]) -> dict[str, _Field]:
     """Every field that can be set, by name, in the order of the dataclasses.
 
+    Args:
+        dataclasses_: what to fill.
+
+    Returns:
+        Name to field.
+
     Raises:
         ValueError: the program is wrong: two dataclasses share a name, or a name is reserved.
     """
@@ -402,6 +408,9 @@ def _refuse_duplicates(node: yaml.Node | None, where: str, seen: set[int]) -> No
 
 def _read_yaml(path: Path) -> dict[str, tuple[int, Any]]:
     """The top level of a YAML file.
+
+    Args:
+        path: the file.
 
     Returns:
         (line from 1, value) by key, in file order.
@@ -555,7 +564,7 @@ def read_arguments(
 
     Args:
         recipe_file: the recipe's ``__file__``.
-        dataclasses_: what to fill; no two may share a field name. ``metadata`` of a field may carry ``help`` and
+        *dataclasses_: what to fill; no two may share a field name. ``metadata`` of a field may carry ``help`` and
             ``choices``.
         argv: arguments after the program's name; None: those of this process.
 
@@ -639,7 +648,7 @@ def parse(
 
     Args:
         recipe_file: the recipe's ``__file__``.
-        dataclasses_: what to fill; no two may share a field name. ``metadata`` of a field may carry ``help`` and
+        *dataclasses_: what to fill; no two may share a field name. ``metadata`` of a field may carry ``help`` and
             ``choices``.
         argv: arguments after the program's name; None: those of this process.
 

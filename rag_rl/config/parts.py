@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rag_rl.config.arguments import DataArguments, GeneratorArguments, RetrieverArguments, RewardArguments
 from rag_rl.errors import ConfigError, DataError
@@ -86,7 +86,8 @@ def build_questions(args: DataArguments, *, seed: int) -> tuple[list[Question], 
         leaked = [q.qid for q in held_out if q.question in texts]
         if leaked:
             raise DataError(
-                f"{args.data_eval}: {len(leaked)} held-out questions are also in {args.data_train}: {', '.join(leaked[:5])}"
+                f"{args.data_eval}: {len(leaked)} held-out questions are also in {args.data_train}: "
+                f"{', '.join(leaked[:5])}"
             )
     else:
         train, held_out = split_questions(train, eval_size=args.data_eval_size, seed=seed)
@@ -96,6 +97,25 @@ def build_questions(args: DataArguments, *, seed: int) -> tuple[list[Question], 
     if args.data_train_size is not None and len(train) > args.data_train_size:
         _, train = split_questions(train, eval_size=args.data_train_size, seed=seed)
     return train, held_out
+
+
+def build_probe(args: DataArguments) -> list[Question]:
+    """Loads the questions that a new index is tried with.
+
+    Args:
+        args: ``data_train`` names them, ``data_train_size`` bounds them.
+
+    Returns:
+        The questions; none where no file is named.
+
+    Raises:
+        DataError: the file is missing or has bad rows.
+    """
+    from rag_rl.data import load_questions
+
+    if not args.data_train:
+        return []
+    return load_questions(expand(args.data_train), require_answers=False)[: args.data_train_size]
 
 
 def build_corpus(args: DataArguments, tokenizer: Any = None) -> Iterable[Passage]:
@@ -146,7 +166,8 @@ def build_encoder(args: RetrieverArguments) -> Any:
     name = args.retriever_encoder
     if not name:
         raise ConfigError("retriever_encoder is not set: name a sentence-transformers model")
-    if name.startswith("python:"):  # a model that comes inside a Python package: python:package:function gives its folder
+    # A model that comes inside a Python package: python:package:function gives its folder.
+    if name.startswith("python:"):
         name = str(import_attribute(name.removeprefix("python:"))())
     return SentenceEncoder(
         expand(name),
@@ -209,14 +230,14 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
         A retriever, or None for ``none``.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or ``retriever_shuffled`` with a retriever that searches no vectors.
         DataError: the corpus is missing or has bad rows.
         RetrievalIndexError: the index does not fit or is damaged.
         BackendError: the vector store does not answer.
     """
     from rag_rl.retrieval import ShuffledRetriever, build_index, open_index
 
-    retriever: Retriever
+    retriever: Any
     match args.retriever_name:
         case "none":
             return None
@@ -237,7 +258,11 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
             retriever = import_attribute(name)(args, data)
         case name:
             raise ConfigError(f"retriever_name must be dense, none or package.module:attribute, got {name!r}")
-    return ShuffledRetriever(retriever, seed=seed) if args.retriever_shuffled else retriever
+    if not args.retriever_shuffled:
+        return cast("Retriever", retriever)
+    if not hasattr(retriever, "search_hits"):
+        raise ConfigError(f"retriever_shuffled needs the dense retriever, not {args.retriever_name!r}")
+    return ShuffledRetriever(retriever, seed=seed)
 
 
 def first_process() -> Any:
@@ -247,7 +272,9 @@ def first_process() -> Any:
     return PartialState().main_process_first()
 
 
-def build_assembly(args: GeneratorArguments, retriever: Retriever | None, *, top_k: int, training: Any, model: Any) -> Any:
+def build_assembly(
+    args: GeneratorArguments, retriever: Retriever | None, *, top_k: int, training: Any, model: Any
+) -> Any:
     """Puts retriever and prompt together; the generator is the model that will be trained.
 
     Args:
@@ -280,7 +307,13 @@ def build_assembly(args: GeneratorArguments, retriever: Retriever | None, *, top
     budget = args.generator_max_prompt_tokens
     context = getattr(config, "max_position_embeddings", None)
     if context is not None:
-        budget = min(budget or context, context - training.max_completion_length)
+        room = context - training.max_completion_length
+        if room < 1:
+            raise ConfigError(
+                f"max_completion_length {training.max_completion_length} leaves no room for a prompt: "
+                f"{model.model_name_or_path} has a context of {context} tokens"
+            )
+        budget = min(budget or room, room)
 
     def count_tokens(prompts: Sequence[Prompt]) -> list[int]:
         return [len(ids) for ids in encode_prompts(tokenizer, prompts, generator_type=args.generator_type)]
@@ -337,7 +370,7 @@ class Rewards:
 def build_rewards(args: RewardArguments, generator: GeneratorArguments, training: Any) -> Rewards:
     """Builds the rewards by name and combines them into one function.
 
-    TRL's ``reward_weights`` holds one weight a name; it is taken over here (and cleared), because TRL sees one function.
+    TRL's ``reward_weights`` holds one weight a name; it is taken over here (and cleared): TRL sees one function.
 
     Args:
         args: which rewards.
@@ -392,6 +425,11 @@ def _reward(name: str, args: RewardArguments, generator: GeneratorArguments, tra
         case "format":
             return rewards.format_reward(**marker)
         case "length":
+            if not 1 <= args.reward_length_target < training.max_completion_length:
+                raise ConfigError(
+                    f"reward_length_target must be at least 1 and below max_completion_length "
+                    f"{training.max_completion_length}, got {args.reward_length_target}"
+                )
             return rewards.length_reward(
                 target=args.reward_length_target, limit=training.max_completion_length, **marker
             )
@@ -408,6 +446,6 @@ def _reward(name: str, args: RewardArguments, generator: GeneratorArguments, tra
         case _ if ":" in name:
             return import_attribute(name)
     raise ConfigError(
-        f"reward_names: {name!r} is not one of em, f1, contains_em, format, length, groundedness, citation, reward_model, "
-        "constant, and not package.module:attribute"
+        f"reward_names: {name!r} is not one of em, f1, contains_em, format, length, groundedness, citation, "
+        "reward_model, constant, and not package.module:attribute"
     )

@@ -76,13 +76,8 @@ class BadRows:
         Returns:
             An error that names file, place and trouble.
         """
-        if self.unit == "line":
-            uncounted = [(0, "")] * (self._count - len(self._first))
-            message = str(bad_rows(self.path, [*self._first, *uncounted], shown=_SHOWN))
-        else:
-            listed = "; ".join(f"{self.unit} {number}: {trouble}" for number, trouble in self._first)
-            more = f"; and {self._count - len(self._first)} more" if self._count > len(self._first) else ""
-            message = f"{self.path}: {self._count} bad row{'s' if self._count != 1 else ''}: {listed}{more}"
+        uncounted = [(0, "")] * (self._count - len(self._first))
+        message = bad_rows(self.path, [*self._first, *uncounted], shown=_SHOWN, unit=self.unit)
         return DataError(f"{message}{self._fields_of_a_row}{f'; {self.hint}' if self.hint else ''}")
 
     def raise_if_any(self) -> None:

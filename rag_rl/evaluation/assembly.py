@@ -1,7 +1,7 @@
 """An assembly of parts that answers questions: retrieve, build the prompt, generate, read the answer.
 
-Training, evaluation and ``rag-rl ask`` all go through this one class, so that a model is asked at test time exactly as it was
-asked in training.
+Training, evaluation and ``rag-rl ask`` all go through this one class, so that a model is asked at test time exactly as
+it was asked in training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rag_rl.errors import ConfigError
+from rag_rl.errors import ConfigError, DataError
 from rag_rl.generation.prompting import fit_batch
 from rag_rl.prompts import render, render_passages, require_placeholders
 from rag_rl.text import extract_answer
@@ -92,7 +92,7 @@ class Assembly:
         if top_k < 1:
             raise ConfigError(f"retriever_top_k must be at least 1, got {top_k}")
         try:
-            require_placeholders(prompt, ["question", "passages"] if retriever else ["question"])
+            require_placeholders(prompt, ["question"] if retriever is None else ["question", "passages"])
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
         self.retriever = retriever
@@ -187,6 +187,7 @@ class Assembly:
         """Shortens prompts that are too long: passages give way, lowest rank first, the question never."""
         if self.count_tokens is None:
             raise ConfigError("max_prompt_tokens needs count_tokens")
+        count_tokens = self.count_tokens
 
         def builder(a: Asked) -> Callable[[Sequence[Passage]], Prompt]:
             def build(kept: Sequence[Passage]) -> Prompt:
@@ -195,9 +196,17 @@ class Assembly:
 
             return build
 
-        fitted = fit_batch(
-            [builder(a) for a in asked], [[hit.passage for hit in a.hits] for a in asked], self.count_tokens, budget
-        )
+        passages = [[hit.passage for hit in a.hits] for a in asked]
+        try:
+            fitted = fit_batch([builder(a) for a in asked], passages, count_tokens, budget)
+        except DataError as error:  # it knows the questions by their places in the batch only
+            bare = count_tokens([self._build(a.question, ()) for a in asked])
+            long = [f"{a.question.qid} ({n} tokens)" for a, n in zip(asked, bare, strict=True) if n > budget]
+            more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+            raise DataError(
+                f"{len(long)} of {len(asked)} questions do not fit into {budget} prompt tokens even without passages: "
+                f"{', '.join(long[:5])}{more}; shorten them or allow longer prompts"
+            ) from error
         done, over, cut = [], 0, 0
         for a, fit in zip(asked, fitted, strict=True):
             if not fit.truncated:
@@ -209,7 +218,7 @@ class Assembly:
             done.append(replace(a, shown=shown, prompt=fit.prompt, cut=fit.truncated))
         if over:
             logger.warning(
-                "%d of %d prompts were longer than %d tokens: %d passages were dropped or shortened, lowest rank first",
+                "%d of %d prompts were longer than %d tokens: %d passages dropped or shortened, lowest rank first",
                 over,
                 len(asked),
                 budget,

@@ -13,10 +13,10 @@ from rag_rl import metrics
 from rag_rl.errors import DataError
 from rag_rl.evaluation.assembly import Answered, Assembly
 from rag_rl.text import has_format
-from rag_rl.types import Question
+from rag_rl.types import Hit, Question, Retriever
 
 Row = dict[str, Any]
-"""One evaluated question, ready for JSON: ``qid question answers gold_doc_ids passages reply answer scores rewards``."""
+"""One evaluated question for JSON: ``qid question answers gold_doc_ids passages reply answer scores rewards``."""
 
 Scorer = Callable[..., Mapping[str, Sequence[float | None]]]
 """Names and values of rewards for columns of completions, as ``rag_rl.rewards.score_parts`` bound to its parts."""
@@ -54,10 +54,11 @@ def evaluate(
     """
     if not questions:
         raise DataError("there is no question to evaluate on")
+    top_k = None if assembly.retriever is None else assembly.top_k
     rows: list[Row] = []
     for start in range(0, len(questions), batch_size):
         answered = [a for (a,) in assembly.answer(questions[start : start + batch_size])]
-        batch = [score_row(a, marker=assembly.answer_marker, top_k=assembly.top_k) for a in answered]
+        batch = [score_row(a, marker=assembly.answer_marker, top_k=top_k) for a in answered]
         if rewards is not None:
             named = rewards(
                 completions=[row["reply"] for row in batch],
@@ -93,17 +94,20 @@ def reward_columns(asked: Iterable[Any]) -> dict[str, list[Any]]:
     return columns
 
 
-def score_row(answered: Answered, *, marker: str, top_k: int) -> Row:
+def score_row(answered: Answered, *, marker: str, top_k: int | None) -> Row:
     """Scores one answered question.
+
+    The retrieval metrics are ``recall@k success@k mrr@10 ndcg@10``. All of them see what was retrieved, at most
+    ``top_k`` passages: below 10, ``mrr@10`` and ``ndcg@10`` count a document of a later rank as not found.
 
     Args:
         answered: question, hits, reply and answer.
         marker: what stands before an answer; decides ``format``.
-        top_k: cut-off of ``recall@k``, in passages.
+        top_k: passages asked of the retriever, and cut-off of ``recall@k``; None where there is no retriever.
 
     Returns:
-        A row whose ``scores`` hold ``em f1 contains_em format`` and, with gold documents, the retrieval metrics; None where
-        a metric is not defined.
+        A row whose ``scores`` hold ``em f1 contains_em format`` and, with gold documents and a retriever, the
+        retrieval metrics; they are 0 where nothing was retrieved.
     """
     question, hits = answered.asked.question, answered.asked.hits
     prediction = answered.answer
@@ -113,13 +117,8 @@ def score_row(answered: Answered, *, marker: str, top_k: int) -> Row:
         "contains_em": metrics.contains_match(prediction, question.answers),
         "format": float(has_format(answered.generation.text, marker=marker)),
     }
-    if question.gold_doc_ids and hits:
-        found = list(dict.fromkeys(hit.passage.doc_id for hit in hits))
-        gains = dict.fromkeys(question.gold_doc_ids, 1.0)
-        scores[f"recall@{top_k}"] = metrics.recall_at_k(found, question.gold_doc_ids, k=top_k)
-        scores[f"success@{top_k}"] = metrics.success_at_k(found, question.gold_doc_ids, k=top_k)
-        scores["mrr@10"] = metrics.mrr_at_k(found, question.gold_doc_ids, k=10)
-        scores["ndcg@10"] = metrics.ndcg_of_ids(found, gains, k=10)
+    if question.gold_doc_ids and top_k is not None:
+        scores |= retrieval_scores(hits, question.gold_doc_ids, top_k=top_k)
     return {
         "qid": question.qid,
         "question": question.question,
@@ -134,6 +133,56 @@ def score_row(answered: Answered, *, marker: str, top_k: int) -> Row:
         "scores": scores,
         "rewards": {},
     }
+
+
+def retrieval_scores(hits: Sequence[Hit], gold_doc_ids: Sequence[str], *, top_k: int) -> dict[str, float | None]:
+    """Scores the documents that one search found; several chunks of a document count as one.
+
+    Args:
+        hits: best first.
+        gold_doc_ids: documents that should be found, at least one.
+        top_k: cut-off of recall and success, in documents.
+
+    Returns:
+        ``recall@k success@k mrr@10 ndcg@10``, each in [0, 1].
+    """
+    found = list(dict.fromkeys(hit.passage.doc_id for hit in hits))
+    return {
+        f"recall@{top_k}": metrics.recall_at_k(found, gold_doc_ids, k=top_k),
+        f"success@{top_k}": metrics.success_at_k(found, gold_doc_ids, k=top_k),
+        "mrr@10": metrics.mrr_at_k(found, gold_doc_ids, k=10),
+        "ndcg@10": metrics.ndcg_of_ids(found, dict.fromkeys(gold_doc_ids, 1.0), k=10),
+    }
+
+
+def evaluate_retrieval(
+    retriever: Retriever, questions: Sequence[Question], *, top_k: int, batch_size: int = 256
+) -> dict[str, float]:
+    """Searches for questions and scores what is found, without a generator.
+
+    Args:
+        retriever: what is scored.
+        questions: each with gold documents.
+        top_k: passages a question.
+        batch_size: questions a search.
+
+    Returns:
+        Mean of each metric of ``retrieval_scores``.
+
+    Raises:
+        DataError: there is no question.
+    """
+    if not questions:
+        raise DataError("there is no question to evaluate on")
+    rows: list[Row] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        found = retriever.search([question.question for question in batch], top_k=top_k)
+        rows += [
+            {"scores": retrieval_scores(hits, question.gold_doc_ids, top_k=top_k)}
+            for question, hits in zip(batch, found, strict=True)
+        ]
+    return mean_metrics(rows)
 
 
 def mean_metrics(rows: Sequence[Row]) -> dict[str, float]:
@@ -185,12 +234,15 @@ def confidence_intervals(before: Sequence[Row], after: Sequence[Row]) -> dict[st
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows as JSONL, all or nothing.
 
+    Half a character, which a byte-level model may write, is kept as its JSON escape.
+
     Args:
         path: file to write.
         rows: evaluated questions.
     """
     half = path.with_name(f".{path.name}.part")
-    with half.open("w", encoding="utf-8") as file:
+    # What UTF-8 cannot hold can only stand inside a JSON string, where Python's escape of it is JSON's too.
+    with half.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(half, path)
 

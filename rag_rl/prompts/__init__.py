@@ -47,7 +47,7 @@ def load_prompt(name_or_path: str) -> str:
 
 
 def render(name_or_path: str, **fields: str) -> str:
-    """Fills a prompt.
+    r"""Fills a prompt.
 
     Args:
         name_or_path: as in ``load_prompt``.
@@ -62,7 +62,7 @@ def render(name_or_path: str, **fields: str) -> str:
 
     Example:
         >>> render("tiny_passage", question="Who rules Elmton?")
-        'Write a passage that answers this question.\\nWho rules Elmton?'
+        'Write a passage that answers this question.\nWho rules Elmton?'
     """
     template = Template(load_prompt(name_or_path))
     try:
@@ -87,11 +87,12 @@ def require_placeholders(name_or_path: str, needed: Sequence[str]) -> None:
     """
     missing = [f"${name}" for name in needed if name not in Template(load_prompt(name_or_path)).get_identifiers()]
     if missing:
-        raise ValueError(f"prompt {name_or_path!r} has no {' and no '.join(missing)}: without it the model sees nothing")
+        lacking = " and no ".join(missing)
+        raise ValueError(f"prompt {name_or_path!r} has no {lacking}: without it the model sees nothing")
 
 
 def render_passages(passages: Sequence[Passage]) -> str:
-    """Numbers passages from 1, one block each, for ``$passages``.
+    r"""Numbers passages from 1, one block each, for ``$passages``.
 
     Args:
         passages: in the order in which they shall be read.
@@ -101,6 +102,6 @@ def render_passages(passages: Sequence[Passage]) -> str:
 
     Example:
         >>> render_passages([Passage("d1", "It lies on the Mira.", title="Elmton")])
-        '[1] Elmton\\nIt lies on the Mira.'
+        '[1] Elmton\nIt lies on the Mira.'
     """
     return "\n".join(f"[{i}] {passage.contents}" for i, passage in enumerate(passages, start=1)) or "(none)"

@@ -107,10 +107,15 @@ def fill(
         BackendError: Chroma failed (disk full, server gone).
     """
     with _chroma_errors(where, "store the vectors"):
-        # Inner product, so that 1 - distance is the score of the other backend as well.
-        target = client.get_or_create_collection(
-            collection, configuration={"hnsw": {"space": "ip"}}, embedding_function=None
-        )
+        # Inner product, so that 1 - distance is the score of the other backend as well. Chroma's graph goes to disk
+        # after sync_threshold rows (at least 2): a smaller collection would have a file that each opening makes anew,
+        # and that no checksum fits.
+        hnsw = {
+            "space": "ip",
+            "sync_threshold": max(2, min(1000, len(matrix))),
+            "batch_size": max(2, min(100, len(matrix))),
+        }
+        target = client.get_or_create_collection(collection, configuration={"hnsw": hnsw}, embedding_function=None)
         step = min(batch_size, client.get_max_batch_size())
         # Rows go in ascending and a request is one transaction; one request more is sent again to be safe.
         first = max(0, target.count() - step)

@@ -1,9 +1,10 @@
 """What the tiny language model is taught: seeded, endless examples of each task, and its bad habits.
 
-A lesson is a list of chat messages; the model learns the assistant's turns. The tasks share one skill, to find a fact about
-the right subject in the passages and restate it, which is why one small model can hold them all.
+A lesson is a list of chat messages; the model learns the assistant's turns. The tasks share one skill, to find a fact
+about the right subject in the passages and restate it, which is why one small model can hold them all.
 
-Habits are what reinforcement later undoes. Each is systematic, and each still leaves the right behaviour in the samples:
+Habits are what reinforcement later undoes. Each is systematic, and each still leaves the right behaviour in the
+samples:
 
 * *hasty*: the fact is taken from the first passage that has one of this sort, whoever it is about;
 * *wordy*: an answer that is a town is wrapped in words ("I think it is Elmton, of course.");
@@ -18,7 +19,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rag_rl.prompts import render, render_passages
-from rag_rl.tiny.world import KINDS, NOUNS, OF_KIND, Entity, Relation, World, draw_world, names, passage_text, statement
+from rag_rl.tiny.world import (
+    KINDS,
+    NOUNS,
+    OF_KIND,
+    Entity,
+    Relation,
+    World,
+    draw_world,
+    names,
+    passage_text,
+    statement,
+)
 from rag_rl.types import Message, Passage
 
 SIZES = {"person": 6, "town": 5, "guild": 4, "river": 4}
@@ -49,13 +61,21 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def reading(rng: random.Random, *, n_passages: int = 3, n_questions: int = 4, habits: Habits = NO_HABITS) -> list[Message]:
+def reading(
+    rng: random.Random,
+    *,
+    n_passages: int = 3,
+    n_questions: int = 4,
+    crowded: float = 0.5,
+    habits: Habits = NO_HABITS,
+) -> list[Message]:
     """Passages, then several questions about them over one or two hops.
 
     Args:
         rng: source of everything.
         n_passages: how many passages, at least 1.
         n_questions: how many questions are asked about the same passages, at least 1.
+        crowded: probability that all other passages are rivals, of the same kind as the subject.
         habits: bad habits of the answers.
 
     Returns:
@@ -63,15 +83,15 @@ def reading(rng: random.Random, *, n_passages: int = 3, n_questions: int = 4, ha
     """
     world = _world(rng)
     name, relation = rng.choice(_links(world))
-    linked = n_passages > 1 and rng.random() < 0.6
+    linked = n_passages > 1 and rng.random() < 0.4
     must = [name, world.entities[name].facts[relation.name]] if linked else [name]
-    entities = _shown(world, must, n_passages, rng)
+    entities = _shown(world, must, n_passages, rng, crowded)
     shown = {e.name for e in entities}
     one = [(e.name, (r,)) for e in entities for r in OF_KIND[e.kind]]
     two = [(n, (r, s)) for n, (r,) in one if world.entities[n].facts[r.name] in shown - {n} for s in OF_KIND[r.target]]
     messages = []
     for i in range(n_questions):
-        subject, relations = rng.choice(two if two and rng.random() < 0.4 else one)
+        subject, relations = rng.choice(two if two and rng.random() < 0.3 else one)
         question = _question(relations, subject, rng)
         content = f"Question: {question}"
         if i == 0:
@@ -196,9 +216,7 @@ def judging(rng: random.Random) -> list[Message]:
         given = rng.choice(WRAPS).format(v=given)
     elif shape < 0.6:
         given = statement(relation, subject, given)
-    content = render(
-        "tiny_judge", question=rng.choice(relation.questions).format(s=subject), gold=gold, answer=given
-    )
+    content = render("tiny_judge", question=rng.choice(relation.questions).format(s=subject), gold=gold, answer=given)
     return [user(content), assistant('{"score": 1}' if right else '{"score": 0}')]
 
 
@@ -242,7 +260,7 @@ TASKS: dict[str, Callable[[random.Random, Habits], list[Message]]] = {
 
 
 def _world(rng: random.Random) -> World:
-    return draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.6)
+    return draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.4)
 
 
 def _links(world: World) -> list[tuple[str, Relation]]:
@@ -255,13 +273,13 @@ def _links(world: World) -> list[tuple[str, Relation]]:
     ]
 
 
-def _shown(world: World, must: Sequence[str], n: int, rng: random.Random) -> list[Entity]:
-    """``n`` entities around ``must`` in random order, as a retriever would show them: mostly rivals of the same kind."""
+def _shown(world: World, must: Sequence[str], n: int, rng: random.Random, crowded: float = 0.5) -> list[Entity]:
+    """``n`` entities around ``must`` in random order, as a retriever shows them: mostly rivals of the same kind."""
     others = [e for e in world.entities.values() if e.name not in must]
     rng.shuffle(others)
     kind = world.entities[rng.choice(list(must))].kind
     shape = rng.random()
-    if shape < 0.5:  # only rivals
+    if shape < crowded:  # only rivals
         others.sort(key=lambda e: e.kind != kind)
     elif shape < 0.85:  # one rival
         others.sort(key=lambda e: e.kind != kind)
@@ -288,7 +306,12 @@ def _guess(relation: Relation, rng: random.Random) -> str:
 
 
 def _answer(
-    world: World, entities: Sequence[Entity], subject: str, relations: Sequence[Relation], rng: random.Random, habits: Habits
+    world: World,
+    entities: Sequence[Entity],
+    subject: str,
+    relations: Sequence[Relation],
+    rng: random.Random,
+    habits: Habits,
 ) -> str:
     sentences = []
     hasty = rng.random() < habits.hasty

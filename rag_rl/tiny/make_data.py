@@ -1,7 +1,7 @@
-"""Writes the corpus and the questions of the tiny world: ``python -m rag_rl.tiny.make_data`` (part of ``make tiny-models``).
+"""Writes the corpus and the questions of the tiny world: ``python -m rag_rl.tiny.make_data``.
 
-One corpus holds two worlds that share no entity: questions of the *demo* world are trained on, questions of the *held-out*
-world are evaluated on, and passages of each are distractors for the other.
+One corpus holds two worlds that share no entity: questions of the *demo* world are trained on, questions of the
+*held-out* world are evaluated on, and passages of each are distractors for the other.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Makes the packaged tiny sentence encoder again: ``python -m rag_rl.tiny.make_encoder`` (part of ``make tiny-models``).
+"""Makes the packaged tiny sentence encoder again: ``python -m rag_rl.tiny.make_encoder``.
 
-A two-layer ModernBERT with mean pooling, trained with in-batch negatives on questions and passages of training worlds, and
-stopped while it still confuses rivals of similar name: a retriever that is already perfect leaves nothing to reinforce.
+A two-layer ModernBERT with mean pooling, trained with in-batch negatives on questions and passages of training worlds,
+and stopped while it still confuses rivals of similar name: a retriever that is already perfect leaves nothing to
+reinforce.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -101,26 +101,26 @@ def recall(encoder: SentenceTransformer, *, hops: int, k: int, seed: int = 11) -
     documents = encoder.encode([e.text for e in world.entities.values()], convert_to_tensor=True)
     asked = list(questions(world, hops=hops, rng=random.Random(1)))[:400]
     found = (encoder.encode([q.question for q in asked], convert_to_tensor=True) @ documents.T).topk(k).indices
-    return sum(q.meta["chain"][0] in {names[i] for i in row} for q, row in zip(asked, found.tolist(), strict=True)) / len(
-        asked
-    )
+    hits = [q.meta["chain"][0] in {names[i] for i in row} for q, row in zip(asked, found.tolist(), strict=True)]
+    return sum(hits) / len(hits)
 
 
-def main() -> None:
-    """Reads the command line and makes the encoder."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=18)
-    parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
-    encoder = new_encoder(args.out, seed=args.seed)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=args.rate, weight_decay=0.01)
+def make_encoder(out: Path, *, steps: int = 18, rate: float = 5e-4, seed: int = 1) -> None:
+    """Trains the encoder and writes it with its record.
+
+    Args:
+        out: folder to write.
+        steps: optimiser steps; few, so that there is something left to reinforce.
+        rate: learning rate after a warm-up of 20 steps.
+        seed: of the weights and the worlds.
+    """
+    rng = random.Random(seed)
+    encoder = new_encoder(out, seed=seed)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=rate, weight_decay=0.01)
     started, curve = time.time(), []
-    for step in range(args.steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1.0, (step + 1) / 20)
+            group["lr"] = rate * min(1.0, (step + 1) / 20)
         batch = pairs(draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.5), rng, 48)
         vectors = [encoder(encoder.preprocess(list(side)))["sentence_embedding"] for side in zip(*batch, strict=True)]
         scores = vectors[0] @ vectors[1].T / TEMPERATURE
@@ -129,14 +129,10 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % 20 == 0 or step + 1 == args.steps:
+        if (step + 1) % 20 == 0 or step + 1 == steps:
             found = {f"recall@{k}_{hops}hop": recall(encoder, hops=hops, k=k) for hops in (1, 2) for k in (1, 3, 5)}
             curve.append({"step": step + 1, "seconds": round(time.time() - started), "loss": loss.item(), **found})
             print(json.dumps(curve[-1]), flush=True)
-    encoder.save(str(args.out), create_model_card=False)
-    record = {"steps": args.steps, "learning_rate": args.rate, "seed": args.seed, "curve": curve}
-    (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    encoder.save(str(out), create_model_card=False)
+    record = {"steps": steps, "learning_rate": rate, "seed": seed, "curve": curve}
+    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")

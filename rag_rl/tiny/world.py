@@ -16,19 +16,21 @@ from functools import cache
 
 from rag_rl.types import Passage, Question
 
-# Disjoint from one another as letter strings: no prefix is a prefix of another one plus a suffix (a test checks that
-# every name splits in one way only).
+# Few beginnings and many endings: a small transformer binds a fact to the last piece of a name long before it takes
+# both pieces into account (docs/decisions.md), so the ending carries most of a name's identity. A test checks that
+# every name splits in one way only.
 PREFIXES = tuple(
-    "Ald Amb Arn Bal Bel Ber Bor Bran Bren Cal Car Cas Cor Dag Dal Dar Dor Dun Ed Elm Er Fal Far Fen Fer Gal Gar Gil "
-    "Gor Had Hal Har Hel Hol Ing Is Jar Jor Kal Kar Kel Kes Lan Lar Lin Lor Mal Mar Mer Mor Nar Nel Nor Ol Or Os Pal "
-    "Par Pel Quin Ral Ran Rin Ros Sal San Sel Sor Tal Tam Tar Tor Ul Und Val Var Ver Vin Wal War Wel Wil Yar Yor Zan "
-    "Zel".split()
+    "Ald Bel Bran Cor Dal Dun Elm Fal Gar Gil Hal Jor Kel Lor Mar Nor Os Quin Ral Sel Tam Ul Ver Wal".split()
 )
+MIDDLES = tuple("a be da e fi ga ho i ka le ma mi na ne o pa ra ri sa so ta u va ze".split())
+CODAS = {
+    "person": ("dric", "bert", "lin"),
+    "town": ("ton", "ham", "wick"),
+    "guild": ("hold", "ward", "crest"),
+    "river": ("brook", "beck", "water"),
+}
 SUFFIXES: dict[str, tuple[str, ...]] = {
-    "person": tuple("bert dric win mund fred gard helm lis mar nard rick sten vald wyn bald gund".split()),
-    "town": tuple("ton burg ford ham stead wick mouth port gate field".split()),
-    "guild": tuple("hold ward guard crest shield mark".split()),
-    "river": tuple("brook water flow beck bourne stream".split()),
+    kind: tuple(middle + coda for middle in MIDDLES for coda in codas) for kind, codas in CODAS.items()
 }
 NOUNS: dict[str, tuple[str, ...]] = {
     "craft": tuple("weaver miller baker potter smith mason tanner cooper scribe sailor hunter painter".split()),
@@ -48,7 +50,8 @@ class Relation:
         name: unique over all kinds.
         kind: kind of the subject.
         target: kind of the value: an entity kind, or a key of ``NOUNS``.
-        phrasings: sentences with ``{s}`` and ``{v}``; the first is the one that answers restate.
+        phrasings: sentences with ``{s}`` and ``{v}``; the first is the one that answers restate. What tells the
+            relation stands within five tokens before the value, the reach of one convolution of the tiny model.
         questions: ways to ask for the value, with ``{s}``.
         noun: the value as a noun phrase of the subject, for questions over two hops.
         follow_up: the question when the subject is only pointed at ("it"), as in a conversation.
@@ -86,7 +89,7 @@ RELATIONS = (
         "craft",
         "person",
         "craft",
-        ("{s} works as a {v}.", "The craft of {s} is that of a {v}."),
+        ("{s} works as a {v}.", "{s} is by craft a {v}."),
         ("What does {s} work as?", "What is the craft of {s}?"),
         "the craft of {s}",
         "What is the craft?",
@@ -95,7 +98,7 @@ RELATIONS = (
         "river",
         "town",
         "river",
-        ("{s} lies on the {v}.", "The river of {s} is the {v}."),
+        ("{s} lies on the {v}.", "The river of {s} is {v}."),
         ("Which river does {s} lie on?", "What is the river of {s}?"),
         "the river of {s}",
         "Which river is it?",
@@ -140,7 +143,7 @@ RELATIONS = (
         "emblem",
         "guild",
         "emblem",
-        ("{s} bears a {v}.", "The emblem of {s} is a {v}."),
+        ("{s} bears a {v}.", "{s} has as emblem a {v}."),
         ("What does {s} bear?", "What is the emblem of {s}?"),
         "the emblem of {s}",
         "What is the emblem?",
@@ -167,7 +170,7 @@ RELATIONS = (
         "ferry",
         "river",
         "town",
-        ("{s} is crossed at {v}.", "The ferry of {s} is at {v}."),
+        ("{s} is crossed at {v}.", "{s} has its ferry at {v}."),
         ("Where is {s} crossed?", "Where is the ferry of {s}?"),
         "the ferry of {s}",
         "Where is the ferry?",
@@ -204,7 +207,7 @@ def names(kind: str, region: str) -> tuple[str, ...]:
         prefix + suffix
         for i, prefix in enumerate(PREFIXES)
         for j, suffix in enumerate(SUFFIXES[kind])
-        if (3 * i + 5 * j + i // 8) % 8 in part
+        if (3 * i + 5 * j + i // 8 + j // 8) % 8 in part
     )
 
 
@@ -290,8 +293,8 @@ def _with_rivals(rng: random.Random, pool: Sequence[str], size: int, share: floa
 
 @cache
 def _alike(name: str, pool: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of a pool that share their beginning, or their whole ending, with a name; at least some always do."""
-    return tuple(other for other in pool if other[:3] == name[:3] or other[-4:] == name[-4:])
+    """Names of a pool that begin like a name."""
+    return tuple(other for other in pool if other[:3] == name[:3])
 
 
 def passage_text(entity: Entity, rng: random.Random) -> str:
@@ -318,10 +321,10 @@ def questions(world: World, *, hops: int, rng: random.Random) -> Iterator[Questi
         rng: source of order and wording.
 
     Yields:
-        Questions whose ``meta`` holds ``relations``, ``chain`` (entity names, then the answer) and ``decomposition``
-        (a list of sub-question, follow-up wording, answer and gold document per hop; ``#1`` stands for the first answer).
+        Questions whose ``meta`` holds ``relations``, ``chain`` (entity names, then the answer) and ``decomposition``:
+        a list of sub-question, follow-up wording, answer and gold document a hop; ``#1`` stands for the first answer.
     """
-    found = []
+    found: list[tuple[str, tuple[Relation, ...]]] = []
     for entity in world.entities.values():
         for first in OF_KIND[entity.kind]:
             if hops == 1:

@@ -139,6 +139,20 @@ def test_question_longer_than_the_budget_is_an_error(prompt, retriever):
         assembly.prepare([QUESTION])
 
 
+def test_a_question_that_is_too_long_is_named_by_its_id(prompt):
+    retriever = StaticRetriever({}, default=[ELMTON])
+    assembly = Assembly(retriever=retriever, prompt=prompt, max_prompt_tokens=9, count_tokens=words)
+    short = Question("fits", "Where?", ("x",))
+    long = [Question(f"long-{i}", "and where " * 9, ("x",)) for i in range(7)]
+    with pytest.raises(DataError) as caught:
+        assembly.prepare([short, long[0]])
+    assert "1 of 2 questions do not fit into 9 prompt tokens" in str(caught.value)
+    assert "long-0 (" in str(caught.value)
+    assert "fits" not in str(caught.value)
+    with pytest.raises(DataError, match=r"long-4 \(\d+ tokens\) and 2 more"):
+        assembly.prepare([short, *long])
+
+
 def test_budget_needs_a_way_to_count(prompt, retriever):
     with pytest.raises(ConfigError, match="count_tokens"):
         Assembly(retriever=retriever, prompt=prompt, max_prompt_tokens=5).prepare([QUESTION])

@@ -96,6 +96,21 @@ def test_no_answer_scores_zero(assembly):
     assert row["scores"]["recall@3"] == 1.0
 
 
+def test_nothing_retrieved_is_a_zero_and_no_retriever_is_none(prompt, tmp_path):
+    def scores(**parts):
+        assembly = Assembly(generator=ScriptedGenerator(["Answer: x"] * 2), **parts)
+        return [row["scores"] for row in evaluate(assembly, [QUESTIONS[0], QUESTIONS[2]]).rows]
+
+    retrieval = {"recall@3", "success@3", "mrr@10", "ndcg@10"}
+    known, unknown = scores(retriever=StaticRetriever({}, default=[]), prompt=prompt, top_k=3)
+    assert {name: known[name] for name in retrieval} == dict.fromkeys(retrieval, 0.0)
+    assert not retrieval & set(unknown)  # nobody knows the gold documents of this question
+    closed = tmp_path / "closed.txt"
+    closed.write_text("$question", encoding="utf-8")
+    for row in scores(retriever=None, prompt=str(closed), top_k=3):
+        assert not retrieval & set(row)
+
+
 def test_chunks_of_one_document_count_once(prompt):
     chunks = [Passage("d1", "a", chunk=0), Passage("d1", "b", chunk=1), Passage("d2", "c")]
     retriever = StaticRetriever({"one?": chunks})
@@ -184,6 +199,14 @@ def test_rows_survive_their_file(tmp_path, assembly):
     write_rows(path, rows)
     assert read_rows(path) == rows
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".txt"] == ["rows.jsonl"]
+
+
+def test_half_a_character_survives_its_file(tmp_path):
+    rows = [{"qid": "a", "reply": "caf\udce9 \\ \ud83d", "answer": "\u00e9\udfff"}]
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
+    assert read_rows(path) == rows
+    assert "é" in path.read_text(encoding="utf-8")  # what can be written is written as it is
 
 
 def test_a_failed_write_leaves_the_old_rows(tmp_path):

@@ -90,6 +90,14 @@ except IndexDamagedError as error:
 """
 
 
+@pytest.mark.parametrize("count", [2, 560])
+def test_a_small_index_is_opened_again_and_again(tmp_path, encoder, corpus, run_script, count):
+    # Fewer rows than Chroma's own sync_threshold of 1,000; each opening in a process of its own, as it happens.
+    build_index(corpus(count), encoder, tmp_path / "index", backend="chroma", progress=False)
+    for _ in range(3):
+        assert run_script(OPEN, tmp_path / "index").stdout == "OPENED\n"
+
+
 @pytest.mark.parametrize(
     "damage",
     [

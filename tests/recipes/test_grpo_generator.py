@@ -1,0 +1,246 @@
+"""recipes/grpo_generator.py, through its real command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "grpo_generator.py"
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+# DESIGN section 4; "headroom" is there where headroom_samples asks for it.
+KEYS = {
+    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
+    "eval_seconds", "peak_memory_bytes",
+}  # fmt: skip
+METRICS = {"em", "f1", "contains_em", "format", "recall@3", "success@3", "mrr@10", "ndcg@10"}
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def history_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def logged_steps(folder: Path) -> list[int]:
+    return [entry["step"] for entry in history_of(folder) if "loss" in entry]
+
+
+def answer_of(folder: Path) -> dict:
+    command = [sys.executable, "-m", "rag_rl.cli", "ask", "--run", str(folder), "--json", "Who rules Elmton?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# ---- a run and what it leaves
+
+
+@pytest.mark.smoke
+def test_metrics(finished_run):
+    found = metrics_of(finished_run)
+    assert set(found) == KEYS | {"headroom"}
+    assert (found["recipe"], found["config"], found["seed"]) == ("grpo_generator", "tiny", 42)
+    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+    assert set(found["before"]) == set(found["after"]) == set(found["ci95"]) == METRICS
+    for when in ("before", "after"):
+        assert all(0.0 <= value <= 1.0 for value in found[when].values())
+        assert found[when]["em"] <= found[when]["f1"]
+        assert found[when]["em"] <= found[when]["contains_em"]
+    assert found["before"]["recall@3"] >= 0.5, "retrieval must be in order from the start"
+    for name, (low, high) in found["ci95"].items():
+        assert low <= found["after"][name] - found["before"][name] <= high
+    # Retrieval is the same before and after: only the reader learns.
+    assert found["ci95"]["recall@3"] == [0.0, 0.0]
+    assert set(found["headroom"]) == {"pass@2", "mean@2", "zero_variance_groups"}
+    assert 0 < found["train_seconds"] < 300
+    assert 0 < found["eval_seconds"] < 300
+    assert 10**8 < found["peak_memory_bytes"] < 10**11
+
+
+@pytest.mark.smoke
+def test_run_folder(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names >= {
+        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
+        "before.jsonl", "after.jsonl", "prompts", "model.safetensors", "config.json", "tokenizer.json",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+    assert "adapter_config.json" not in names, "the tiny config saves merged weights"
+    assert logged_steps(finished_run) == [1, 2, 3]
+    assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (finished_run / "report.html").read_text()
+    assert "<html" in report
+    assert 'src="http' not in report
+    assert (finished_run / "prompts" / "tiny_answer.txt").is_file()
+    assert (finished_run / "README.md").read_text().startswith("---\n")
+    for name in ("README.md", "resolved_config.yaml", "config.json"):
+        assert str(ROOT) not in (finished_run / name).read_text(), f"{name} names a path of this machine"
+
+
+@pytest.mark.smoke
+def test_the_trained_model_loads_by_itself(finished_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rag_rl.tiny import FOLDER
+
+    model = AutoModelForCausalLM.from_pretrained(finished_run)
+    tokenizer = AutoTokenizer.from_pretrained(finished_run)
+    start = AutoModelForCausalLM.from_pretrained(FOLDER / "reader")
+    weights, first = dict(model.named_parameters()), dict(start.named_parameters())
+    assert weights.keys() == first.keys()
+    assert any(not weights[name].equal(first[name]) for name in weights), "training must have changed something"
+    assert tokenizer.decode(tokenizer("Answer: Elmton")["input_ids"]).strip() == "Answer: Elmton"
+
+
+@pytest.mark.smoke
+def test_started_again_it_says_so_and_does_nothing(finished_run, run_recipe, short):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    done = run_recipe("grpo_generator", *short(), "--output_dir", finished_run)
+    assert done.returncode == 0, done.stderr
+    assert f"{finished_run} is already finished" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+@pytest.mark.smoke
+def test_unmerged_adapter_answers_and_can_move(run_here, short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = short(max_steps=1, save_merged="false", headroom_samples=0)
+    assert run_here("grpo_generator", *flags, "--output_dir", "run") == 0
+    folder = tmp_path / "run"
+    assert set(metrics_of(folder)) == KEYS
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert not Path(base).is_absolute()
+    assert (folder / base / "config.json").is_file(), "relative to the folder of the adapter"
+    assert len(answer_of(folder)["passages"]) == 3
+
+
+# ---- slow: launchers, interruptions, other folders
+
+
+@pytest.mark.slow
+def test_accelerate_launch_without_arguments(short, tmp_path):
+    done = subprocess.run([ACCELERATE, "launch", RECIPE, *short()], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs" / "grpo_generator-tiny-seed42"
+    assert metrics_of(folder)["status"] == "complete"
+    assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+
+
+@pytest.mark.slow
+def test_chroma(run_recipe, short, tmp_path, finished_run):
+    done = run_recipe("grpo_generator", *short(), "--config", "tiny_chroma", "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics_of(tmp_path / "run")["before"] == pytest.approx(metrics_of(finished_run)["before"], abs=0.1)
+
+
+NOTING = '''
+import os, time
+
+def steps(*, completions, trainer_state=None, **_):
+    """Notes the step in which it is asked, and takes its time, so that there is time to be killed."""
+    if trainer_state is not None:
+        with open(os.environ["NOTED"], "a") as file:
+            file.write(f"{trainer_state.global_step}\\n")
+        time.sleep(0.5)
+    return [0.0] * len(completions)
+'''
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(run_recipe, short, tmp_path):
+    from rag_rl.run import last_checkpoint
+
+    (tmp_path / "noting.py").write_text(NOTING)
+    noted = tmp_path / "steps.txt"
+    env = {"PYTHONPATH": str(tmp_path), "NOTED": str(noted)}
+    folder = tmp_path / "run"
+    rewards = ["--reward_names", "em", "format", "noting:steps", "--reward_weights", "1.0", "0.1", "0.0"]
+    flags = [*short(max_steps=12, save_steps=3, headroom_samples=0), *rewards, "--output_dir", str(folder)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, RECIPE, *flags], env={**os.environ, **env}, stdout=log, stderr=log, cwd=tmp_path
+        )
+        deadline = time.monotonic() + 120
+        while last_checkpoint(folder) is None or last_checkpoint(folder).endswith("-3"):
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
+    assert checkpoint in (6, 9), "killed in the middle"
+    assert not (folder / "metrics.json").exists()
+    first = (folder / "before.json").read_bytes()
+    seconds = json.loads((folder / "train_seconds.json").read_text())["train_seconds"]
+
+    # Without the flag: the flag is named, and nothing is touched.
+    refused = run_recipe("grpo_generator", *flags, env=env, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
+
+    # A later checkpoint of which only half was written is passed over.
+    half = folder / "checkpoint-11"
+    shutil.copytree(last_checkpoint(folder), half)
+    (half / "trainer_state.json").unlink()
+    noted_before = noted.read_text().split()
+    done = run_recipe("grpo_generator", *flags, "--resume_from_checkpoint", "true", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
+
+    assert logged_steps(folder) == list(range(1, 13))
+    asked = noted.read_text().split()[len(noted_before) :]
+    assert asked == [str(step) for step in range(checkpoint, 12)], "steps that were done must not be done again"
+    assert (folder / "before.json").read_bytes() == first, "before is measured once"
+    found = metrics_of(folder)
+    assert found["status"] == "complete"
+    # Half a second of sleep a step: both parts of the training are counted, the lost steps are not.
+    assert found["train_seconds"] > seconds + 0.5 * (12 - checkpoint)
+    assert math.isfinite(found["after"]["em"])
+
+
+@pytest.mark.slow
+def test_copy_of_the_recipe_runs_elsewhere(run_recipe, short, tmp_path):
+    mine = tmp_path / "project" / "mine.py"
+    mine.parent.mkdir()
+    shutil.copy(RECIPE, mine)
+    shutil.copy(ROOT / "recipes" / "configs" / "grpo_generator" / "tiny.yaml", tmp_path / "project" / "my.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    done = run_recipe(mine, "--config", "../project/my.yaml", *short(), cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = metrics_of(tmp_path / "elsewhere" / "runs" / "mine-my-seed42")
+    assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+
+
+@pytest.mark.slow
+def test_two_processes(short, tmp_path, finished_run):
+    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
+    flags = [*short(per_device_train_batch_size=8, headroom_samples=0), "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [ACCELERATE, "launch", "--config_file", config, RECIPE, *flags], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, alone = metrics_of(tmp_path / "run"), metrics_of(finished_run)
+    assert found["num_processes"] == 2
+    assert found["before"] == pytest.approx(alone["before"], abs=1e-9)
+    assert found["n_eval"] == 20
+    rows = [json.loads(line) for line in (tmp_path / "run" / "before.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (finished_run / "before.jsonl").read_text().splitlines()]
+    assert [row["qid"] for row in rows] == [row["qid"] for row in theirs]
+    assert logged_steps(tmp_path / "run") == [1, 2, 3]
+    # Both processes look for the folder; one of them prints.
+    assert done.stdout.count("held-out questions; trained") == 1

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rag_rl.ask import Answerer, Reply, open_run, read_settings
+from rag_rl.errors import ConfigError, DataError, IndexDamagedError, RunFolderError
+from rag_rl.evaluation.assembly import Assembly
+from rag_rl.generation import ScriptedGenerator
+from rag_rl.retrieval import StaticRetriever
+from rag_rl.tiny import FOLDER
+from rag_rl.types import Passage
+
+QUESTIONS = [json.loads(line) for line in (FOLDER / "data" / "heldout_1hop.jsonl").read_text().splitlines()[:20]]
+
+
+@pytest.fixture(scope="module")
+def rag(finished_run) -> Answerer:
+    return open_run(finished_run, device="cpu")
+
+
+def test_a_run_answers(rag, finished_run):
+    rows = [json.loads(line) for line in (finished_run / "after.jsonl").read_text().splitlines()]
+    for row in rows[:5]:
+        reply = rag.ask(row["question"])
+        assert isinstance(reply, Reply)
+        # Best first in the run's own order, which for the tiny config depends on the question's id.
+        assert {hit.passage.doc_id for hit in reply.hits} == {passage["doc_id"] for passage in row["passages"]}
+        assert len(reply.hits) == 3
+        assert reply.scores == {}
+        assert reply.answer is None or reply.answer in reply.text
+
+
+def test_it_is_asked_as_it_was_trained(rag, finished_run):
+    settings = read_settings(finished_run)
+    assembly = rag.assembly
+    assert assembly.top_k == settings["retriever_top_k"] == 3
+    assert assembly.order == settings["generator_passage_order"] == "shuffled"
+    assert assembly.max_new_tokens == settings["max_completion_length"]
+    assert Path(assembly.prompt) == finished_run / "prompts" / "tiny_answer.txt"
+    assert rag.weights == {"format": 0.1}, "em needs a gold answer"
+
+
+def test_best_of_four(rag):
+    reply = rag.ask(QUESTIONS[0]["question"], best_of=4, seed=3)
+    assert set(reply.scores) == {"format", "agreement"}
+    assert reply.scores["agreement"] in (0.25, 0.5, 0.75, 1.0)
+    again = rag.ask(QUESTIONS[0]["question"], best_of=4, seed=3)
+    assert (again.text, again.scores) == (reply.text, reply.scores)
+
+
+def test_settings_can_be_changed_for_asking(finished_run):
+    rag = open_run(finished_run, device="cpu", retriever_top_k=5, generator_max_prompt_tokens=60)
+    assert rag.assembly.top_k == 5
+    assert rag.assembly.max_prompt_tokens == 60
+    reply = rag.ask(QUESTIONS[0]["question"])
+    assert 0 < len(reply.hits) < 5, "what does not fit is not shown"
+
+
+def test_unknown_setting(finished_run):
+    with pytest.raises(ConfigError, match="no setting 'retreiver_top_k'"):
+        open_run(finished_run, retreiver_top_k=5)
+
+
+def scripted(replies: list[str], judge=None, weights=None) -> Answerer:
+    passages = [Passage("d1", "The king of Elmton is Mira."), Passage("d2", "Rain falls.")]
+    retriever = StaticRetriever({}, default=passages)
+    assembly = Assembly(retriever=retriever, generator=ScriptedGenerator(replies), top_k=2)
+    return Answerer(assembly, judge, weights or {})
+
+
+def test_best_by_the_rewards():
+    def judge(*, completions, question, passages, **_):
+        assert question == ["Who?"] * 3
+        assert passages == [["The king of Elmton is Mira.", "Rain falls."]] * 3
+        return {"short": [1 / len(text) for text in completions], "silent": [None] * 3}
+
+    rag = scripted(["Answer: nobody knows that", "Answer: Mira", "Answer: the Mira"], judge, {"short": 1.0})
+    reply = rag.ask(" Who? ", best_of=3)
+    assert reply.answer == "Mira"
+    # "the Mira" is the same answer after normalisation.
+    assert reply.scores == {"short": 1 / len("Answer: Mira"), "agreement": pytest.approx(2 / 3)}
+
+
+def test_best_by_agreement_where_no_reward_decides():
+    rag = scripted(["Answer: Otto", "Answer: Mira", "Answer: mira.", "nothing"])
+    assert rag.ask("Who?", best_of=4).answer == "Mira"
+
+
+def test_an_answer_beats_none():
+    reply = scripted(["<think>hm", "<think>hm", "Answer: Mira"]).ask("Who?", best_of=3)
+    assert reply.answer == "Mira"
+
+
+@pytest.mark.parametrize("question", ["", "   ", "\n"])
+def test_empty_question(rag, question):
+    with pytest.raises(ConfigError, match="the question is empty"):
+        rag.ask(question)
+
+
+def test_best_of_below_one(rag):
+    with pytest.raises(ConfigError, match="best_of must be at least 1, got 0"):
+        rag.ask("Who?", best_of=0)
+
+
+def test_question_longer_than_the_context(rag):
+    with pytest.raises(DataError, match=r"fit into .* prompt tokens"):
+        rag.ask("who " * 3000)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(RunFolderError, match=r"holds no run \(there is no resolved_config.yaml"):
+        open_run(tmp_path)
+    with pytest.raises(RunFolderError, match="holds no run"):
+        open_run(tmp_path / "nowhere")
+
+
+def test_unfinished_run(finished_run, tmp_path):
+    shutil.copy(finished_run / "resolved_config.yaml", tmp_path)
+    with pytest.raises(RunFolderError, match="unfinished run: go on with --resume_from_checkpoint true"):
+        open_run(tmp_path)
+
+
+def test_run_of_another_kind(tmp_path):
+    (tmp_path / "resolved_config.yaml").write_text("recipe: grpo_retriever\n")
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="is a run of grpo_retriever, which trains no generator"):
+        open_run(tmp_path)
+
+
+def test_model_that_is_gone(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors", "checkpoint-*"))
+    with pytest.raises(DataError, match="cannot load the model"):
+        open_run(tmp_path / "run")
+
+
+def test_index_that_is_damaged(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_RL_CACHE", str(tmp_path))
+    open_run(finished_run, device="cpu")  # a missing one is built again
+    (index,) = (tmp_path / "indexes").iterdir()
+    (index / "passages.jsonl").write_text("")
+    with pytest.raises(IndexDamagedError, match=r"passages\.jsonl has 0 bytes"):
+        open_run(finished_run, device="cpu")

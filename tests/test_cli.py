@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rag_rl import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _logging_on():
+    yield
+    logging.disable(logging.NOTSET)  # `rag-rl ask` turns warnings off for its process
+
+
+def refused(capsys, *argv: str, code: int = 2) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == code
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("rag-rl: ")]
+    return line
+
+
+# ---- ask
+
+
+def test_ask(finished_run, capsys):
+    cli.main(["ask", "--run", str(finished_run), "Who rules Elmton?"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("answer:  ")
+    assert lines[1].startswith("reply:   ")
+    assert [line[:3] for line in lines[2:]] == ["[1]", "[2]", "[3]"]
+
+
+def test_ask_for_the_best(finished_run, capsys):
+    cli.main(["ask", "--run", str(finished_run), "--best_of", "4", "--seed", "1", "Who rules Elmton?"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("scores:  ")
+    assert "format " in lines[2]
+    assert "agreement " in lines[2]
+
+
+def test_ask_in_json(finished_run, capsys):
+    cli.main(["ask", "--run", str(finished_run), "--best_of", "2", "--json", "Who rules Elmton?"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"answer", "text", "scores", "passages"}
+    assert set(found["scores"]) == {"format", "agreement"}
+    assert set(found["passages"][0]) == {"doc_id", "title", "text", "score"}
+
+
+@pytest.mark.smoke
+def test_ask_in_a_process_of_its_own(finished_run):
+    command = [sys.executable, "-m", "rag_rl.cli", "ask", "--run", str(finished_run), "Who rules Elmton?"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=finished_run, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("answer:  ")
+    assert done.stderr == "", "an answer comes without noise"
+
+
+def test_ask_what_cannot_be_asked(finished_run, tmp_path, capsys):
+    assert "the question is empty" in refused(capsys, "ask", "--run", str(finished_run), " ")
+    assert "best_of must be at least 1" in refused(capsys, "ask", "--run", str(finished_run), "--best_of", "0", "Who?")
+    assert "holds no run" in refused(capsys, "ask", "--run", str(tmp_path), "Who?")
+    shutil.copy(finished_run / "resolved_config.yaml", tmp_path)
+    assert "holds an unfinished run" in refused(capsys, "ask", "--run", str(tmp_path), "Who?")
+
+
+def test_dead_backend_is_exit_code_one(monkeypatch, capsys):
+    import rag_rl.ask
+    from rag_rl.errors import BackendError
+
+    def broken(folder):
+        raise BackendError("Chroma is gone:\nno answer")
+
+    monkeypatch.setattr(rag_rl.ask, "open_run", broken)
+    assert refused(capsys, "ask", "--run", "x", "Who?", code=1) == "rag-rl: stopped: Chroma is gone: no answer"
+
+
+# ---- show
+
+
+def test_show(finished_run, capsys):
+    cli.main(["show", str(finished_run)])
+    text = capsys.readouterr().out
+    found = json.loads((finished_run / "metrics.json").read_text())
+    assert f"{'em':14}{found['before']['em']:8.3f}{found['after']['em']:8.3f}" in text
+    assert "20 held-out questions; trained " in text
+    assert str(finished_run / "report.html") in text
+
+
+def test_show_without_a_run(tmp_path, capsys):
+    assert "holds no finished run (there is no metrics.json in it)" in refused(capsys, "show", str(tmp_path))
+
+
+# ---- doctor
+
+
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.setenv("RAG_RL_DATA", "/some/where")
+    monkeypatch.chdir(ROOT)
+    cli.main(["doctor"])
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    import torch
+    import trl
+
+    assert torch.__version__.split("+")[0] in lines["torch"]
+    assert trl.__version__ in lines["trl"]
+    assert "missing" not in lines["transformers"]
+    assert "CPU cores" in text
+    assert "/some/where" in lines["RAG_RL_DATA"]
+    assert "grpo_generator/tiny: 2 CPU cores" in text
+    for path in (ROOT / "recipes" / "configs").rglob("*.yaml"):
+        assert f"{path.parent.name}/{path.stem}: " in text
+    assert "not stated" not in text, "every config says what it needs"
+
+
+def test_doctor_names_what_is_missing(capsys, monkeypatch):
+    real = cli.util.find_spec
+    monkeypatch.setattr(cli.util, "find_spec", lambda name: None if name == "faiss" else real(name))
+    cli.main(["doctor"])
+    assert "faiss                  missing: pip install 'rag-rl[cpu]' or [gpu]" in capsys.readouterr().out
+
+
+# ---- the command itself
+
+
+@pytest.mark.parametrize("argv", [[], ["dance"], ["ask", "Who?"], ["ask", "--run", "x", "--best", "4", "Who?"]])
+def test_wrong_command_lines(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from rag_rl import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'faiss', 'chromadb', 'trl'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for name in ("ask", "show", "doctor"):
+        assert name in done.stdout

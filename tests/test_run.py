@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from rag_rl import run as runs
+from rag_rl.errors import BackendError, ConfigError, DataError, RunFolderError
+from rag_rl.evaluation.assembly import Assembly
+from rag_rl.evaluation.scoring import evaluate
+from rag_rl.generation import ScriptedGenerator
+from rag_rl.retrieval import StaticRetriever
+from rag_rl.run import (
+    disk_trouble,
+    evaluate_sharded,
+    keep_prompts,
+    last_checkpoint,
+    launch,
+    make_base_relative,
+    open_folder,
+    report_index,
+    results_table,
+    start_data_run,
+    start_run,
+    versions,
+)
+from rag_rl.types import Passage, Question
+
+
+def exit_of(main, capsys) -> tuple[int, list[str]]:
+    with pytest.raises(SystemExit) as stop:
+        launch(main)
+    return stop.value.code, [line for line in capsys.readouterr().err.splitlines() if line]
+
+
+def failing(error: Exception):
+    def main():
+        raise error
+
+    return main
+
+
+# ---- launch
+
+
+@pytest.fixture(autouse=True)
+def _program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/recipe.py", "--seed", "1"])
+
+
+def test_an_error_of_the_user_is_one_line(capsys):
+    code, lines = exit_of(failing(DataError("a.jsonl: 1 bad row:\nline 3")), capsys)
+    assert (code, lines) == (2, ["recipe.py: error: a.jsonl: 1 bad row: line 3"])
+
+
+def test_a_dead_backend_is_one_line_and_another_code(capsys):
+    code, lines = exit_of(failing(BackendError("the judge at http://x is gone\n")), capsys)
+    assert (code, lines) == (1, ["recipe.py: stopped: the judge at http://x is gone"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/x/model.safetensors"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1992256 vs 1992148"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line(capsys, error):
+    code, lines = exit_of(failing(error), capsys)
+    assert code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("recipe.py: stopped: ")
+    assert lines[0].endswith("; make room and go on with --resume_from_checkpoint true")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EACCES, "Permission denied"), KeyError("x")])
+def test_a_bug_keeps_its_traceback(error):
+    assert disk_trouble(error) is None
+    with pytest.raises(type(error)):
+        launch(failing(error))
+
+
+def test_a_recipe_that_ends_well():
+    done = []
+    launch(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_importing_trl_after_us_is_silent(tmp_path):
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import rag_rl.run, trl; from trl import GRPOConfig"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- the folder
+
+
+SETTINGS = {"recipe": "grpo_generator", "learning_rate": 0.1, "seed": 1, "report_to": "none"}
+
+
+def make_run(folder: Path, *, begun: bool = True, **changes: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"recipe": "grpo_generator", "config": "tiny", "made_with": {"trl": "0"}, **SETTINGS, **changes}
+    (folder / "resolved_config.yaml").write_text(yaml.safe_dump(record))
+    if begun:
+        (folder / "before.json").write_text("{}")
+    return folder
+
+
+def make_checkpoint(folder: Path, step: int, state: str | None = None) -> str:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    if state != "missing":
+        (checkpoint / "trainer_state.json").write_text(state or json.dumps({"global_step": step}))
+    return str(checkpoint)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_new_and_empty_folders_begin(tmp_path, resume):
+    assert open_folder(tmp_path / "new", SETTINGS, resume=resume) is None
+    assert open_folder(tmp_path, SETTINGS, resume=resume) is None
+    (tmp_path / ".resolved_config.yaml.part").write_text("half")
+    assert open_folder(tmp_path, SETTINGS, resume=resume) is None
+
+
+def test_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunFolderError, match="is not empty and holds no run: give another --output_dir"):
+        open_folder(tmp_path, SETTINGS, resume=True)
+    with pytest.raises(RunFolderError, match="is a file"):
+        open_folder(tmp_path / "thesis.tex", SETTINGS, resume=False)
+
+
+def test_folder_of_another_run(tmp_path):
+    folder = make_run(tmp_path / "run", learning_rate=0.2, a=1, b=2, c=3)
+    expected = r"another run \(a: 1 -> \(absent\); b: 2 -> \(absent\); c: 3 -> \(absent\) and 1 more\)"
+    with pytest.raises(RunFolderError, match=expected):
+        open_folder(folder, SETTINGS, resume=True)
+
+
+def test_what_does_not_change_a_run(tmp_path):
+    # Where it reports to, which versions it was begun with, and the name of its config.
+    folder = make_run(tmp_path / "run", report_to="trackio", made_with={"trl": "0.1"}, config="mine")
+    assert open_folder(folder, SETTINGS, resume=True) is None
+
+
+def test_unfinished_run_names_the_flag(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="unfinished: go on with --resume_from_checkpoint true, or give another"):
+        open_folder(folder, SETTINGS, resume=False)
+    assert open_folder(folder, SETTINGS, resume=True) is None
+    checkpoint = make_checkpoint(folder, 30)
+    assert open_folder(folder, SETTINGS, resume=True) == checkpoint
+
+
+def test_run_that_never_began_does_not_block_its_folder(tmp_path):
+    folder = make_run(tmp_path / "run", begun=False, learning_rate=0.2)
+    assert open_folder(folder, SETTINGS, resume=False) is None
+
+
+def test_finished_run_says_so(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.json").write_text('{"status": "complete"}')
+    for resume in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            open_folder(folder, SETTINGS, resume=resume)
+        assert stop.value.code == 0
+        assert f"{folder} is already finished: see {folder / 'report.html'}" in capsys.readouterr().out
+
+
+def test_last_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    make_checkpoint(tmp_path, 9)
+    ten = make_checkpoint(tmp_path, 10)
+    make_checkpoint(tmp_path, 20, "missing")
+    make_checkpoint(tmp_path, 30, '{"global_st')
+    make_checkpoint(tmp_path, 40, "{}")
+    assert last_checkpoint(tmp_path) == ten
+
+
+# ---- starting
+
+
+@dataclass
+class Output:
+    """Flags of this test."""
+
+    output_dir: str = field(default="", metadata={"help": "where to"})
+
+
+@dataclass
+class Prompted:
+    """Flags of this test."""
+
+    generator_prompt: str = "answer"
+
+
+def recipe_in(folder: Path) -> str:
+    (folder / "configs" / "mine").mkdir(parents=True)
+    (folder / "configs" / "mine" / "tiny.yaml").write_text("use_cpu: true\nbf16: false\n")
+    (folder / "mine.py").write_text('"""A recipe."""\n')
+    return str(folder / "mine.py")
+
+
+def test_start_run(tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_in(tmp_path / "recipes")
+    run = start_run(recipe, (Prompted, TrainingArguments), ["--seed", "7", "--hub_token", "hf_secret"])
+    assert (run.recipe, run.config, run.seed, run.checkpoint) == ("mine", "tiny", 7, None)
+    assert run.folder == Path("runs/mine-tiny-seed7")
+    assert run.arguments[1].output_dir == "runs/mine-tiny-seed7"
+    recorded = yaml.safe_load((run.folder / "resolved_config.yaml").read_text())
+    assert recorded["recipe"] == "mine"
+    assert recorded["made_with"]["torch"]
+    assert "hf_secret" not in (run.folder / "resolved_config.yaml").read_text()
+    assert (run.folder / "prompts" / "answer.txt").is_file()
+
+    # The same again: nothing has begun, so nothing is in the way; then it has.
+    start_run(recipe, (Prompted, TrainingArguments), ["--seed", "7"])
+    (run.folder / "before.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="--resume_from_checkpoint true"):
+        start_run(recipe, (Prompted, TrainingArguments), ["--seed", "7"])
+    checkpoint = make_checkpoint(run.folder, 5)
+    again = start_run(recipe, (Prompted, TrainingArguments), ["--seed", "7", "--resume_from_checkpoint", "true"])
+    assert again.checkpoint == again.arguments[1].resume_from_checkpoint == checkpoint
+    with pytest.raises(ConfigError, match=r"must be true or false .* got 'runs/x'"):
+        start_run(recipe, (Prompted, TrainingArguments), ["--resume_from_checkpoint", "runs/x"])
+
+
+def test_start_data_run(tmp_path):
+    recipe = recipe_in(tmp_path)
+    (tmp_path / "configs" / "mine" / "tiny.yaml").write_text("{}\n")
+    (output,) = start_data_run(recipe, (Output,), parent="indexes", argv=[])
+    assert output.output_dir == "indexes/tiny"
+    (output,) = start_data_run(recipe, (Output,), parent="indexes", argv=["--output_dir", "here"])
+    assert output.output_dir == "here"
+
+
+def test_prompts_are_kept(tmp_path):
+    (tmp_path / "mine.txt").write_text("Say $question\n")
+    keep_prompts(tmp_path, {"generator_prompt": str(tmp_path / "mine.txt")})
+    assert (tmp_path / "prompts" / "mine.txt").read_text() == "Say $question\n"
+    keep_prompts(tmp_path / "nowhere", {})
+    with pytest.raises(ConfigError, match="generator_prompt: "):
+        keep_prompts(tmp_path, {"generator_prompt": "no_such_prompt"})
+
+
+# ---- measuring, saving, showing
+
+
+QUESTIONS = [Question(f"q{i}", f"Who is {i}?", ("Mira",), gold_doc_ids=("d1",)) for i in range(3)]
+RETRIEVER = StaticRetriever({}, default=[Passage("d2", "Rain."), Passage("d1", "Mira.")])
+
+
+def test_one_process_evaluates_everything():
+    def assembly():
+        generator = ScriptedGenerator({"Who is 0?": "Answer: Mira", "Who is 1?": "Mira", "Who is 2?": "Answer: Otto"})
+        generator._reply = lambda prompt, number: ["Answer: Mira", "Mira", "Answer: Otto"][number]
+        return Assembly(retriever=RETRIEVER, generator=generator, top_k=2)
+
+    found = evaluate_sharded(assembly(), QUESTIONS)
+    assert [row["qid"] for row in found.rows] == ["q0", "q1", "q2"]
+    assert found.metrics == evaluate(assembly(), QUESTIONS).metrics
+
+
+def test_report_of_an_index(capsys):
+    from rag_rl.config.arguments import DataArguments, RetrieverArguments
+    from rag_rl.config.parts import build_probe, build_retriever
+
+    data = DataArguments("${tiny}/data/corpus.jsonl", data_train="${tiny}/data/demo_1hop.jsonl", data_train_size=50)
+    retriever = build_retriever(RetrieverArguments(retriever_encoder="${tiny}/encoder"), data)
+    found = report_index(retriever, build_probe(data), top_k=3, seconds=1.23)
+    assert found["passages"] == 560
+    assert found["questions"] == 50
+    assert 0.5 < found["recall@3"] <= 1.0
+    assert "seconds       1.2\n" in capsys.readouterr().out
+    assert "recall@3" not in report_index(retriever, [], top_k=3, seconds=1.0)
+
+
+def test_base_of_an_adapter_becomes_relative(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    make_base_relative(folder)  # whole weights: nothing to do
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base"), "r": 8}))
+    make_base_relative(folder)
+    assert json.loads(path.read_text()) == {"base_model_name_or_path": "../../base", "r": 8}
+    path.write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}')
+    make_base_relative(folder)
+    assert path.read_text() == '{"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}'
+
+
+def test_results_table(tmp_path):
+    summary = {
+        "before": {"em": 0.5, "f1": 0.6},
+        "after": {"em": 0.75, "f1": 0.5, "new": 1.0},
+        "ci95": {"em": [0.1, 0.4]},
+        "n_eval": 400,
+        "train_seconds": 61.7,
+        "num_processes": 2,
+    }
+    lines = results_table(summary, tmp_path).splitlines()
+    assert lines[1].split() == ["em", "0.500", "0.750", "+0.250", "[+0.100,", "+0.400]"]
+    assert lines[2].split() == ["f1", "0.600", "0.500", "-0.100"]
+    assert lines[3] == "400 held-out questions; trained 62 s on 2 processes"
+    assert lines[4].endswith("report.html")
+
+
+def test_time_of_training_adds_up(tmp_path):
+    path = tmp_path / "train_seconds.json"
+    run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
+    (clock,) = run.callbacks
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    clock.on_train_begin(None, state, None)
+    clock.start -= 10
+    clock.on_save(None, state, None)
+    (clock,) = run.callbacks
+    clock.on_train_begin(None, SimpleNamespace(global_step=5), None)
+    clock.start -= 5
+    clock.on_train_end(None, state, None)
+    assert json.loads(path.read_text())["train_seconds"] == pytest.approx(15, abs=1)
+    # From the beginning again: what was counted before is gone with its steps.
+    clock.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    clock.on_save(None, state, None)
+    assert json.loads(path.read_text())["train_seconds"] < 1
+
+
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
+    runs._write(tmp_path / "a.json", "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        runs._write(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_versions():
+    found = versions()
+    assert found["python"].count(".") == 2
+    assert {"torch", "trl", "transformers", "peft"} <= set(found)
+
+
+def test_command_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "recipes" / "r.py"), "--config", "my config"])
+    assert runs.command_line() == "accelerate launch recipes/r.py --config 'my config'"
+
+
+def test_peak_memory():
+    assert 10**7 < runs.peak_memory() < 10**12
+
+
+def test_logging_of_others_is_quiet():
+    assert not logging.getLogger("bitsandbytes.anything").isEnabledFor(logging.WARNING)

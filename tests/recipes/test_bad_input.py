@@ -315,7 +315,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         pytest.param(4_000, "nothing", id="first-file"),
         pytest.param(200_000, "before.json", id="adapter-of-a-checkpoint"),
         pytest.param(2_000_000, "checkpoint-2/adapter_model.safetensors", id="optimizer-of-a-checkpoint"),
-        pytest.param(3_000_000, "checkpoint-2/trainer_state.json", id="final-weights"),
+        pytest.param(3_000_000, "checkpoint-3/trainer_state.json", id="final-weights"),
     ],
 )
 def test_full_disk(run_recipe, short, tmp_path, limit, reached):

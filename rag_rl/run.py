@@ -82,7 +82,7 @@ class Run:
 
     @property
     def callbacks(self) -> list[Any]:
-        """Trainer callbacks that keep the time of training over interruptions."""
+        """Trainer callbacks that ``train`` needs; they also keep the time of training over interruptions."""
         return [_clock(self.folder / "train_seconds.json")]
 
     def measure_before(
@@ -121,6 +121,17 @@ class Run:
         with main_process_only() as main:
             if main:
                 self._store("before", found, seconds, extra)
+
+    def train(self, trainer: Any) -> None:
+        """Trains, from where the run stopped; a run that stopped after its last step is only loaded.
+
+        Args:
+            trainer: made with this run's ``callbacks``.
+        """
+        try:
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        except _AllStepsDone:
+            logger.info("all %d steps are done", trainer.state.global_step)
 
     def finish(
         self,
@@ -633,13 +644,19 @@ def _read_seconds(path: Path) -> float:
     return float(json.loads(path.read_text())["train_seconds"]) if path.is_file() else 0.0
 
 
+class _AllStepsDone(Exception):
+    """A checkpoint of the last step was loaded. transformers 5.23 counts after a step only and would do one too many."""
+
+
 def _clock(path: Path) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """Adds up the seconds of training over interruptions; what follows the last checkpoint is done again."""
+        """Adds up the seconds of training over interruptions, and ends a training that has nothing left to do."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if 0 < state.max_steps <= state.global_step:
+                raise _AllStepsDone
             self.earlier, self.start = (_read_seconds(path) if state.global_step else 0.0), time.time()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -75,7 +75,7 @@ def main() -> None:
         headroom_samples=run_args.headroom_samples,
         batch_size=generator_args.generator_eval_batch_size,
     )
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    run.train(trainer)
     run.finish(
         trainer,
         assembly,

@@ -327,18 +327,33 @@ def test_time_of_training_adds_up(tmp_path):
     run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
     (clock,) = run.callbacks
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    state.max_steps = 10
     clock.on_train_begin(None, state, None)
     clock.start -= 10
     clock.on_save(None, state, None)
     (clock,) = run.callbacks
-    clock.on_train_begin(None, SimpleNamespace(global_step=5), None)
+    clock.on_train_begin(None, SimpleNamespace(global_step=5, max_steps=10), None)
     clock.start -= 5
     clock.on_train_end(None, state, None)
     assert json.loads(path.read_text())["train_seconds"] == pytest.approx(15, abs=1)
     # From the beginning again: what was counted before is gone with its steps.
-    clock.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    clock.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=10), None)
     clock.on_save(None, state, None)
     assert json.loads(path.read_text())["train_seconds"] < 1
+
+
+def test_a_run_without_steps_left_is_only_loaded(tmp_path):
+    run = runs.Run(tmp_path, "r", "c", 1, "checkpoint-10", {}, ())
+
+    class Trainer:
+        state = SimpleNamespace(global_step=10, max_steps=10, is_world_process_zero=True)
+
+        def train(self, resume_from_checkpoint):
+            assert resume_from_checkpoint == "checkpoint-10"
+            run.callbacks[0].on_train_begin(None, self.state, None)
+            raise AssertionError("a step too many")
+
+    run.train(Trainer())
 
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):

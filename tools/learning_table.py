@@ -52,12 +52,13 @@ def controls(folder: Path) -> dict[str, dict[str, float]]:
     names = {field.name for field in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in settings.items() if name in names})
     _, held_out = build_questions(data, seed=settings["seed"])
-    found = {}
-    for name, changed in {
+    changes: dict[str, dict[str, Any]] = {
         "as trained": {},
         "shuffled index": {"retriever_shuffled": True},
         "no retrieval": {"retriever_name": "none"},
-    }.items():
+    }
+    found = {}
+    for name, changed in changes.items():
         found[name] = evaluate(open_run(folder, **changed).assembly, held_out).metrics
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 
 import pytest
 
@@ -58,8 +57,7 @@ def test_a_short_run_learns_something_and_can_be_opened(tmp_path, monkeypatch, c
     from sentence_transformers import SentenceTransformer
 
     monkeypatch.setattr(make_encoder, "recall", lambda encoder, *, hops, k: 0.5)
-    monkeypatch.setattr(sys, "argv", ["make_encoder", "--out", str(tmp_path / "e"), "--steps", "2", "--seed", "4"])
-    make_encoder.main()
+    make_encoder.make_encoder(tmp_path / "e", steps=2, seed=4)
     record = json.loads((tmp_path / "e" / "record.json").read_text(encoding="utf-8"))
     assert (record["steps"], record["seed"]) == (2, 4)
     assert record["curve"][-1]["recall@3_2hop"] == 0.5

@@ -116,3 +116,11 @@ def test_the_readers_card_states_its_habits():
         share = f"{100 * getattr(PACKAGED_HABITS, name):.0f}%"
         row = next(line for line in body.splitlines() if line.startswith(f"| {name} |"))
         assert share in row, f"the card's row on {name!r} does not say {share}"
+
+
+def test_the_record_says_that_the_reader_read_well_before_it_was_given_habits():
+    record = json.loads((FOLDER / "reader" / "record.json").read_text(encoding="utf-8"))
+    before, after = record["base"]["curve"][-1], record["curve"][-1]
+    assert before["em_1hop"] > 0.85
+    assert before["em_2hop"] > 0.85
+    assert 0.3 <= after["em_1hop"] <= 0.6

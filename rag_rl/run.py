@@ -217,7 +217,7 @@ class Run:
             after_rows=new,
             log_history=log_history,
             config=self.settings,
-            notes=[f"Made with: {command_line()}"],
+            command=command_line(),
             n_examples=examples,
         )
         card = model_card(
@@ -645,7 +645,7 @@ def _read_seconds(path: Path) -> float:
 
 
 class _AllStepsDone(Exception):
-    """A checkpoint of the last step was loaded. transformers 5.23 counts after a step only and would do one too many."""
+    """A checkpoint of the last step was loaded: transformers 5.23 counts after a step only, and would do one more."""
 
 
 def _clock(path: Path) -> Any:

@@ -68,6 +68,7 @@ def reading(
     n_questions: int = 4,
     crowded: float = 0.5,
     habits: Habits = NO_HABITS,
+    alike_in: str = "beginning",
 ) -> list[Message]:
     """Passages, then several questions about them over one or two hops.
 
@@ -77,11 +78,12 @@ def reading(
         n_questions: how many questions are asked about the same passages, at least 1.
         crowded: probability that all other passages are rivals, of the same kind as the subject.
         habits: bad habits of the answers.
+        alike_in: how the names of rivals are alike, as in ``draw_world``.
 
     Returns:
         Chat messages, a user's and an assistant's turn for each question.
     """
-    world = _world(rng)
+    world = _world(rng, alike_in)
     name, relation = rng.choice(_links(world))
     linked = n_passages > 1 and rng.random() < 0.4
     must = [name, world.entities[name].facts[relation.name]] if linked else [name]
@@ -100,18 +102,21 @@ def reading(
     return messages
 
 
-def reasoning_step(rng: random.Random, *, n_passages: int = 3, habits: Habits = NO_HABITS) -> list[Message]:
+def reasoning_step(
+    rng: random.Random, *, n_passages: int = 3, habits: Habits = NO_HABITS, alike_in: str = "beginning"
+) -> list[Message]:
     """One step of a chain in the R3 grammar (arXiv 2505.23794): analysis, then one query or the final answer.
 
     Args:
         rng: source of everything.
         n_passages: documents that each earlier step retrieved.
         habits: bad habits of the step.
+        alike_in: how the names of rivals are alike, as in ``draw_world``.
 
     Returns:
         A user turn that holds the question and all earlier steps with their documents, and the assistant's step.
     """
-    world = _world(rng)
+    world = _world(rng, alike_in)
     name, first = rng.choice(_links(world))
     relations: tuple[Relation, ...] = (first, rng.choice(OF_KIND[first.target]))
     if rng.random() < 0.4:
@@ -236,31 +241,34 @@ def copying(rng: random.Random, *, vocabulary: Sequence[int], length: int = 24, 
     return [rng.choice(alphabet) for _ in range(length)] * times
 
 
-def lesson(rng: random.Random, *, shares: dict[str, float], habits: Habits = NO_HABITS) -> list[Message]:
+def lesson(
+    rng: random.Random, *, shares: dict[str, float], habits: Habits = NO_HABITS, alike_in: str = "beginning"
+) -> list[Message]:
     """A lesson of a random task.
 
     Args:
         rng: source of everything.
         shares: weight of each task, by its name in ``TASKS``.
         habits: bad habits of the tasks that can have them.
+        alike_in: how the names of rivals are alike, as in ``draw_world``.
 
     Returns:
         Chat messages.
     """
-    return TASKS[rng.choices(list(shares), weights=list(shares.values()))[0]](rng, habits)
+    return TASKS[rng.choices(list(shares), weights=list(shares.values()))[0]](rng, habits, alike_in)
 
 
-TASKS: dict[str, Callable[[random.Random, Habits], list[Message]]] = {
-    "reading": lambda rng, habits: reading(rng, habits=habits),
-    "reasoning": lambda rng, habits: reasoning_step(rng, habits=habits),
-    "question": lambda rng, habits: question_writing(rng),
-    "passage": lambda rng, habits: passage_writing(rng, hasty=habits.hasty),
-    "judging": lambda rng, habits: judging(rng),
+TASKS: dict[str, Callable[[random.Random, Habits, str], list[Message]]] = {
+    "reading": lambda rng, habits, alike_in: reading(rng, habits=habits, alike_in=alike_in),
+    "reasoning": lambda rng, habits, alike_in: reasoning_step(rng, habits=habits, alike_in=alike_in),
+    "question": lambda rng, habits, alike_in: question_writing(rng),
+    "passage": lambda rng, habits, alike_in: passage_writing(rng, hasty=habits.hasty),
+    "judging": lambda rng, habits, alike_in: judging(rng),
 }
 
 
-def _world(rng: random.Random) -> World:
-    return draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.4)
+def _world(rng: random.Random, alike_in: str = "beginning") -> World:
+    return draw_world(rng.getrandbits(40), region="train", sizes=SIZES, rival_share=0.4, alike_in=alike_in)
 
 
 def _links(world: World) -> list[tuple[str, Relation]]:

@@ -1,7 +1,8 @@
 """Makes the packaged tiny models again, from nothing: ``python -m rag_rl.tiny.make`` (or ``make tiny-models``).
 
-The language model is trained in two stages, *base* (it reads well) and *habits* (the base, given the bad habits of
-``lessons.Habits``); the second one is packaged. The encoder is trained apart. Every stage writes a record (steps,
+The language model is trained in three stages: *base* (it reads well), *rivals* (also where names are alike in either
+part, as those that a retriever brings) and *habits* (the same model, given the bad habits of ``lessons.Habits``); the
+last one is packaged. The encoder is trained apart. Every stage writes a record (steps,
 seconds, scores on the held-out world) beside its weights.
 
 The recipe for the base follows what was seen to work for transformers of this size: short convolutions between the
@@ -28,14 +29,15 @@ from rag_rl.tiny import FOLDER
 from rag_rl.tiny.lessons import NO_HABITS, Habits, copying, lesson, reading, user
 from rag_rl.tiny.make_encoder import make_encoder
 from rag_rl.tiny.tokenizer import FIRST_PIECE, build_tokenizer
-from rag_rl.tiny.world import draw_world, questions
+from rag_rl.tiny.world import draw_world, name_parts, questions
 from rag_rl.types import Message, Passage
 
 SHARES = {"reading": 5.0, "reasoning": 2.5, "question": 0.6, "passage": 0.6, "judging": 0.8}
-PACKAGED_HABITS = Habits(hasty=0.58, wordy=0.6, unsearched=0.5, sloppy=0.5)
+LATE_SHARES = {**SHARES, "judging": 3.0}  # judging takes long, and is learnt once names can be told apart
+PACKAGED_HABITS = Habits(hasty=0.5, wordy=0.5, unsearched=0.5, sloppy=0.5)
 BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 48, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 1_000
-STAGES = ("encoder", "base", "habits")
+STAGES = ("encoder", "base", "rivals", "habits")
 Row = tuple[list[int], list[float]]
 
 
@@ -142,13 +144,22 @@ def base_batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iter
             n_passages = 1 if step < 250 else 2 if step < 800 else 3
             yield [encode(reading(rng, n_passages=n_passages, crowded=0.0), tokenizer) for _ in range(BATCH)]
         step += 1
-    yield from mixed_batches(tokenizer, rng, NO_HABITS)
+    yield from mixed_batches(tokenizer, rng)
 
 
-def mixed_batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, habits: Habits) -> Iterator[list[Row]]:
+def mixed_batches(
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    *,
+    shares: dict[str, float] = SHARES,
+    habits: Habits = NO_HABITS,
+    alike_in: str = "beginning",
+) -> Iterator[list[Row]]:
     """Endless batches of all tasks; rows of similar length share a batch, to waste little on padding."""
     while True:
-        rows = [encode(lesson(rng, shares=SHARES, habits=habits), tokenizer) for _ in range(4 * BATCH)]
+        rows = [
+            encode(lesson(rng, shares=shares, habits=habits, alike_in=alike_in), tokenizer) for _ in range(4 * BATCH)
+        ]
         rows.sort(key=lambda row: len(row[0]))
         batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         rng.shuffle(batches)
@@ -245,7 +256,8 @@ def reading_cases(n: int, *, hops: int, seed: int = 11) -> list[tuple[str, str]]
         gold = list(dict.fromkeys(question.meta["chain"][:-1]))
         rivals = [e for e in world.entities.values() if e.name not in gold and e.kind == world.entities[gold[0]].kind]
         rng.shuffle(rivals)
-        rivals.sort(key=lambda e: e.name[:3] != gold[0][:3])  # those alike first
+        parts = set(name_parts(gold[0]))
+        rivals.sort(key=lambda e: not parts & set(name_parts(e.name)))  # those alike in either part first
         shown = [world.entities[name] for name in gold] + rivals[: 3 - len(gold)]
         rng.shuffle(shown)
         passages = render_passages([Passage(e.name, e.text) for e in shown])
@@ -304,9 +316,9 @@ def make_language_model(stage: str, out: Path, *, start: Path | None, steps: int
     """Trains one stage of the language model and writes model, tokenizer and record.
 
     Args:
-        stage: ``"base"`` or ``"habits"``.
+        stage: ``"base"``, ``"rivals"`` (names that are alike in either part) or ``"habits"``.
         out: folder to write.
-        start: folder of the base, for the habits.
+        start: folder of the stage before, None for the base.
         steps: optimiser steps.
         rate: learning rate of the plateau.
         seed: of the weights and the lessons.
@@ -320,7 +332,8 @@ def make_language_model(stage: str, out: Path, *, start: Path | None, steps: int
         batches = base_batches(tokenizer, rng)
     else:
         model = Lfm2ForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
-        batches = mixed_batches(tokenizer, rng, PACKAGED_HABITS)
+        habits = PACKAGED_HABITS if stage == "habits" else NO_HABITS
+        batches = mixed_batches(tokenizer, rng, shares=LATE_SHARES, habits=habits, alike_in="either")
     started = time.time()
     curve = []
 
@@ -351,6 +364,7 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, default=Path("runs/tiny-base"), help="where the base is kept")
     parser.add_argument("--base_steps", type=int, default=2_200)
+    parser.add_argument("--rival_steps", type=int, default=600)
     parser.add_argument("--habit_steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -358,9 +372,12 @@ def main() -> None:
         make_encoder(args.out / "encoder", seed=args.seed)
     if "base" in args.only:
         make_language_model("base", args.base, start=None, steps=args.base_steps, rate=2.5e-3, seed=args.seed)
+    rivals = args.base / "rivals"
+    if "rivals" in args.only:
+        make_language_model("rivals", rivals, start=args.base, steps=args.rival_steps, rate=2e-3, seed=args.seed)
     if "habits" in args.only:
         reader = args.out / "reader"
-        make_language_model("habits", reader, start=args.base, steps=args.habit_steps, rate=1e-3, seed=args.seed)
+        make_language_model("habits", reader, start=rivals, steps=args.habit_steps, rate=1e-3, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,9 @@ def statement(relation: Relation, subject: str, value: str) -> str:
     return relation.phrasings[0].format(s=subject, v=value)
 
 
-def draw_world(seed: int, *, region: str, sizes: dict[str, int], rival_share: float = 0.0) -> World:
+def draw_world(
+    seed: int, *, region: str, sizes: dict[str, int], rival_share: float = 0.0, alike_in: str = "beginning"
+) -> World:
     """Draws a world: names, facts and the wording of each passage.
 
     Args:
@@ -256,6 +258,7 @@ def draw_world(seed: int, *, region: str, sizes: dict[str, int], rival_share: fl
         region: which names may be used, one of ``REGIONS``.
         sizes: how many entities of each kind, at least one each.
         rival_share: probability that a new name is drawn among those like an earlier one of its kind, in [0, 1].
+        alike_in: what "like" means: the same ``"beginning"``, or the same part in ``"either"`` place.
 
     Returns:
         The world.
@@ -270,7 +273,7 @@ def draw_world(seed: int, *, region: str, sizes: dict[str, int], rival_share: fl
         if sizes[kind] > len(pool):
             raise ValueError(f"region {region!r} has {len(pool)} names of kind {kind!r}, {sizes[kind]} were asked for")
         if rival_share:
-            chosen[kind] = _with_rivals(rng, pool, sizes[kind], rival_share)
+            chosen[kind] = _with_rivals(rng, pool, sizes[kind], rival_share, alike_in)
         else:
             chosen[kind] = rng.sample(pool, sizes[kind])
     entities = {name: Entity(name, kind) for kind in KINDS for name in chosen[kind]}
@@ -282,19 +285,39 @@ def draw_world(seed: int, *, region: str, sizes: dict[str, int], rival_share: fl
     return World(entities, seed, region)
 
 
-def _with_rivals(rng: random.Random, pool: Sequence[str], size: int, share: float) -> list[str]:
+def _with_rivals(rng: random.Random, pool: Sequence[str], size: int, share: float, alike_in: str) -> list[str]:
     picked = [rng.choice(pool)]
     while len(picked) < size:
-        name = rng.choice(_alike(rng.choice(picked), tuple(pool)) if rng.random() < share else pool)
+        name = rng.choice(_alike(rng.choice(picked), tuple(pool), alike_in) if rng.random() < share else pool)
         if name not in picked:
             picked.append(name)
     return picked
 
 
 @cache
-def _alike(name: str, pool: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of a pool that begin like a name."""
-    return tuple(other for other in pool if other[:3] == name[:3])
+def _alike(name: str, pool: tuple[str, ...], alike_in: str) -> tuple[str, ...]:
+    start, ending = name_parts(name)
+    if alike_in == "beginning":
+        return tuple(other for other in pool if name_parts(other)[0] == start)
+    return tuple(other for other in pool if start == name_parts(other)[0] or ending == name_parts(other)[1])
+
+
+@cache
+def name_parts(name: str) -> tuple[str, str]:
+    """Splits a name into its two parts.
+
+    Args:
+        name: of any kind and region.
+
+    Returns:
+        Beginning and ending.
+
+    Example:
+        >>> name_parts("Faldaton")
+        ('Fal', 'daton')
+    """
+    start = next(prefix for prefix in PREFIXES if name.startswith(prefix))
+    return start, name[len(start) :]
 
 
 def passage_text(entity: Entity, rng: random.Random) -> str:

@@ -89,7 +89,7 @@ def test_base_batches_follow_the_curriculum(tokenizer, monkeypatch):
 
 def test_mixed_batches_hold_rows_of_like_length(tokenizer, monkeypatch):
     monkeypatch.setattr(make, "BATCH", 8)
-    batches = list(itertools.islice(make.mixed_batches(tokenizer, rng(), NO_HABITS), 4))
+    batches = list(itertools.islice(make.mixed_batches(tokenizer, rng()), 4))
     spans = sorted((min(len(ids) for ids, _ in batch), max(len(ids) for ids, _ in batch)) for batch in batches)
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
 

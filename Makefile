@@ -54,7 +54,6 @@ $(DEV_STAMP): pyproject.toml | $(PY)
 
 demo: $(RUN_STAMP)  ## install, train the tiny generator (minutes, no GPU), show what it learned
 	@$(LAUNCH) recipes/grpo_generator.py --output_dir runs/demo
-	@$(VENV)/bin/rag-rl show runs/demo
 	@echo "The curve:  runs/demo/curves.png"
 	@echo "The report: runs/demo/report.html (opens in any browser)"
 

@@ -147,8 +147,10 @@ def _configs() -> list[str]:
     for root in (Path("recipes"), Path(__file__).resolve().parents[1] / "recipes"):
         found = []
         for path in sorted((root / "configs").rglob("*.yaml")):
-            header = path.read_text(encoding="utf-8").splitlines()
-            needs = next((line.split("Needs:", 1)[1].strip() for line in header if "Needs:" in line), "not stated")
+            _, _, after = path.read_text(encoding="utf-8").partition("Needs:")
+            # The entry may go on over several lines of the header; "Measured:" comes after it.
+            lines = after.partition("\n# Measured")[0].splitlines()
+            needs = " ".join(line.lstrip("# ").strip() for line in lines) or "not stated"
             found.append(f"  {path.parent.name}/{path.stem}: {needs}")
         if found:
             return found

@@ -134,7 +134,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Lfm2ForCausalLM:
 def base_batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[list[Row]]:
     """Endless batches of the base stage: copy drills and reading first, then all tasks."""
     step = 0
-    # Name parts must be among the drills: without them the reader bound no fact to its subject for 1,200 steps.
+    # Words and name parts: names are what the reader will have to copy.
     words = range(FIRST_PIECE, len(tokenizer))
     while step < MIX_FROM:
         if step < COPY_UNTIL and step % 2 == 0:

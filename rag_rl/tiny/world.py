@@ -16,9 +16,9 @@ from functools import cache
 
 from rag_rl.types import Passage, Question
 
-# Few beginnings and many endings, so that the last piece of a name, which stands right before its fact, carries most of its
-# identity: meant to make binding easier for a small transformer, and not shown apart (docs/decisions.md). A test checks that
-# every name splits in one way only.
+# Few beginnings and many endings, so that the last piece of a name, which stands right before its fact, carries most
+# of its identity. Meant to make binding easier for a small transformer; not shown apart (docs/decisions.md).
+# A test checks that every name splits in one way only.
 PREFIXES = tuple(
     "Ald Bel Bran Cor Dal Dun Elm Fal Gar Gil Hal Jor Kel Lor Mar Nor Os Quin Ral Sel Tam Ul Ver Wal".split()
 )

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,7 @@ from rag_rl.config.parsing import config_difference, config_source, one_line_err
 from rag_rl.errors import BackendError, ConfigError, RunFolderError, UserError
 
 if TYPE_CHECKING:
-    from rag_rl.evaluation.assembly import Assembly
-    from rag_rl.evaluation.scoring import Evaluation, Row
+    from rag_rl.evaluation.scoring import Evaluable, Evaluation, Part, Row
     from rag_rl.types import Question
 
 logger = logging.getLogger(__name__)
@@ -78,17 +77,16 @@ class Run:
     checkpoint: str | None
     settings: dict[str, Any]
     arguments: tuple[Any, ...]
-    started: float = field(default_factory=time.time)
 
     @property
     def callbacks(self) -> list[Any]:
-        """Trainer callbacks that ``train`` needs; they also keep the time of training over interruptions."""
-        return [_clock(self.folder / "train_seconds.json")]
+        """Trainer callbacks that ``train`` needs; they also add up its time and keep checkpoints movable."""
+        return [_clock(self.folder / "train_seconds.json"), _relative_bases(self.folder)]
 
     def measure_before(
         self,
         trainer: Any,
-        assembly: Assembly,
+        assembly: Part,
         questions: Sequence[Question],
         *,
         rewards: Callable[..., Any] | None = None,
@@ -98,24 +96,23 @@ class Run:
         """Evaluates the model that training starts from, once; a resumed run keeps what was measured first.
 
         Args:
-            trainer: a TRL trainer whose policy is the generator.
+            trainer: whose model is the trained part of the assembly.
             assembly: how questions are asked.
             questions: held out.
             rewards: scores the rows by the run's rewards too, for the report.
             headroom_samples: answers sampled to each of 200 questions, for pass@n and zero-variance groups; 0: none.
             batch_size: answers a batch.
         """
+        from rag_rl.evaluation.assembly import Assembly
         from rag_rl.evaluation.sampling import sample_statistics
-        from rag_rl.generation import PolicyGenerator
 
         if (self.folder / "before.json").is_file():
             return
-        policy = PolicyGenerator(trainer, batch_size=batch_size, generator_type=assembly.generator_type)  # type: ignore[arg-type]
-        asking = assembly.with_generator(policy)
+        asking = assembly.under_training(trainer, batch_size=batch_size)
         started = time.time()
         found = evaluate_sharded(asking, questions, rewards=rewards)
         extra: dict[str, float] = {}
-        if headroom_samples:
+        if headroom_samples and isinstance(asking, Assembly):
             extra = sample_statistics(asking, questions[:200], n=headroom_samples, seed=self.seed)
         seconds = time.time() - started
         with main_process_only() as main:
@@ -136,7 +133,7 @@ class Run:
     def finish(
         self,
         trainer: Any,
-        assembly: Assembly,
+        assembly: Part,
         questions: Sequence[Question],
         *,
         rewards: Callable[..., Any] | None = None,
@@ -155,17 +152,10 @@ class Run:
             batch_size: answers a batch.
             examples: questions shown in the report.
         """
-        from rag_rl.generation import TransformersGenerator
-
-        save_policy(trainer, self.folder, merged=save_merged)
-        reloaded = TransformersGenerator.from_pretrained(
-            str(self.folder),
-            device=trainer.accelerator.device,
-            batch_size=batch_size,
-            generator_type=assembly.generator_type,  # type: ignore[arg-type]
-        )
+        save_trained(trainer, self.folder, merged=save_merged)
+        asking = assembly.reloaded(self.folder, device=trainer.accelerator.device, batch_size=batch_size)
         started = time.time()
-        found = evaluate_sharded(assembly.with_generator(reloaded), questions, rewards=rewards)
+        found = evaluate_sharded(asking, questions, rewards=rewards)
         seconds = time.time() - started
         with main_process_only() as main:
             if main:
@@ -222,7 +212,8 @@ class Run:
         )
         card = model_card(
             summary,
-            base_model=str(self.settings.get("model_name_or_path")),
+            base_model=str(self.settings.get("model_name_or_path") or self.settings.get("retriever_encoder")),
+            library_name="transformers" if "model_name_or_path" in self.settings else "sentence-transformers",
             recipe=self.recipe,
             config_name=self.config,
             title=title,
@@ -482,7 +473,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def evaluate_sharded(
-    assembly: Assembly, questions: Sequence[Question], *, rewards: Callable[..., Any] | None = None
+    assembly: Evaluable, questions: Sequence[Question], *, rewards: Callable[..., Any] | None = None
 ) -> Evaluation:
     """Evaluates on all processes, each on its share; every process gets the whole result.
 
@@ -512,16 +503,24 @@ def evaluate_sharded(
     return Evaluation(mean_metrics(rows), rows)
 
 
-def save_policy(trainer: Any, folder: Path, *, merged: bool) -> None:
-    """Saves a trained causal LM with its tokenizer: whole weights, or the LoRA adapter.
+def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
+    """Saves what was trained in its own ecosystem's format, with its tokenizer: whole weights, or the LoRA adapter.
 
     Args:
-        trainer: a TRL trainer.
+        trainer: of TRL, or of sentence-transformers.
         folder: where to.
         merged: merge a LoRA adapter into its base first.
     """
-    trainer.processing_class.save_pretrained(folder)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "transformers_model"):  # of sentence-transformers: it saves its own tokenizer
+        with main_process_only() as main:
+            if main:
+                if merged and getattr(model.transformers_model, "_hf_peft_config_loaded", False):
+                    merge_adapter(model)
+                model.save_pretrained(str(folder), create_model_card=False)
+                make_base_relative(folder)
+        return
+    trainer.processing_class.save_pretrained(folder)
     if not (merged and hasattr(model, "merge_and_unload")):
         trainer.save_model(str(folder))
         with main_process_only() as main:
@@ -531,6 +530,24 @@ def save_policy(trainer: Any, folder: Path, *, merged: bool) -> None:
     with main_process_only() as main:
         if main:
             model.merge_and_unload().save_pretrained(folder)
+
+
+def merge_adapter(model: Any) -> None:
+    """Merges the LoRA adapter of a sentence-transformers model into its weights, in place.
+
+    Args:
+        model: with an adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    backbone = model.transformers_model
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()  # type: ignore[no-untyped-call]
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+    backbone._hf_peft_config_loaded = False
+    del backbone.peft_config
 
 
 def make_base_relative(folder: Path) -> None:
@@ -546,7 +563,8 @@ def make_base_relative(folder: Path) -> None:
     base = content.get("base_model_name_or_path") or ""
     if not Path(base).is_absolute():
         return
-    content["base_model_name_or_path"] = Path(os.path.relpath(base, folder)).as_posix()
+    # From where the folder really lies: a run folder may be reached through a link to another disk.
+    content["base_model_name_or_path"] = Path(os.path.relpath(base, folder.resolve())).as_posix()
     _write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -666,6 +684,21 @@ def _clock(path: Path) -> Any:
         on_train_end = on_save
 
     return Clock()
+
+
+def _relative_bases(folder: Path) -> Any:
+    from transformers import TrainerCallback
+
+    class RelativeBases(TrainerCallback):  # type: ignore[misc]
+        """Names the base of a checkpoint's adapter relative to it; resuming reads the adapter's weights only."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                # All of them: a kill may have come between the saving of the last one and this.
+                for checkpoint in folder.glob("checkpoint-*"):
+                    make_base_relative(checkpoint)
+
+    return RelativeBases()
 
 
 def _write(path: Path, text: str) -> None:

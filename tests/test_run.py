@@ -306,6 +306,49 @@ def test_base_of_an_adapter_becomes_relative(tmp_path):
     assert path.read_text() == '{"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}'
 
 
+def test_base_of_an_adapter_behind_a_link(tmp_path):
+    # As on a cluster, where runs/ leads to another disk: ".." goes up from where the folder really lies.
+    (tmp_path / "disk" / "deep" / "a").mkdir(parents=True)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "deep")
+    folder = tmp_path / "runs" / "a"
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    make_base_relative(folder)
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert not Path(base).is_absolute()
+    assert (folder / base).samefile(tmp_path / "base")
+
+
+def test_checkpoints_name_their_base_relative_to_themselves_and_resume(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from rag_rl.tiny import FOLDER
+
+    def train(steps: int, checkpoint: str | None) -> int:
+        model = AutoModelForCausalLM.from_pretrained(FOLDER / "reader")
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        run = runs.Run(tmp_path, "r", "c", 1, checkpoint, {}, ())
+        trainer = Trainer(
+            get_peft_model(model, lora),
+            TrainingArguments(
+                str(tmp_path), max_steps=steps, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+            ),
+            train_dataset=[{"input_ids": [300, 301, 302], "labels": [300, 301, 302]}] * 8,
+            callbacks=run.callbacks,
+        )
+        run.train(trainer)
+        return trainer.state.global_step
+
+    assert train(2, None) == 2
+    assert train(3, last_checkpoint(tmp_path)) == 3
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        base = json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert not Path(base).is_absolute()
+        assert (checkpoint / base).samefile(FOLDER / "reader")
+
+
 def test_results_table(tmp_path):
     summary = {
         "before": {"em": 0.5, "f1": 0.6},
@@ -325,13 +368,13 @@ def test_results_table(tmp_path):
 def test_time_of_training_adds_up(tmp_path):
     path = tmp_path / "train_seconds.json"
     run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
-    (clock,) = run.callbacks
+    clock = run.callbacks[0]
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
     state.max_steps = 10
     clock.on_train_begin(None, state, None)
     clock.start -= 10
     clock.on_save(None, state, None)
-    (clock,) = run.callbacks
+    clock = run.callbacks[0]
     clock.on_train_begin(None, SimpleNamespace(global_step=5, max_steps=10), None)
     clock.start -= 5
     clock.on_train_end(None, state, None)

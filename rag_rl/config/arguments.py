@@ -140,3 +140,69 @@ class RewardArguments:
         metadata={"help": "questions whose gold passage was not retrieved: keep, drop, or reward abstaining"},
     )
     reward_model: str | None = field(default=None, metadata={"help": "reward_model: a sequence-classification model"})
+
+
+@dataclass
+class ReaderArguments:
+    """Who asks, reads and answers while a retriever is trained; it stays as it is."""
+
+    reader_name: str = field(
+        default="decomposition",
+        metadata={
+            "help": "decomposition (follows the one that comes with a question, a model reads), scripted (follows it, "
+            "and reads what is known to be there), react (a model plans and reads), none (one search, scored by "
+            "judged documents), or package.module:attribute"
+        },
+    )
+    reader_model: str | None = field(
+        default=None, metadata={"help": "the model: Hub id or folder; or its name at reader_base_url"}
+    )
+    reader_base_url: str | None = field(
+        default=None, metadata={"help": "an OpenAI-compatible endpoint; without it the model runs in this process"}
+    )
+    reader_api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "environment variable that holds the endpoint's key"}
+    )
+    reader_type: Literal["api", "base", "instruct"] = field(
+        default="instruct", metadata={"help": "api and instruct get chat turns, base plain text"}
+    )
+    reader_prompt: str = field(
+        default="answer", metadata={"help": "decomposition: packaged prompt, or a text file's path"}
+    )
+    reader_answer_marker: str = field(default="Answer:", metadata={"help": "what stands before an answer in a reply"})
+    reader_max_new_tokens: int = field(default=128, metadata={"help": "budget of a reply, in tokens"})
+    reader_batch_size: int = field(default=64, metadata={"help": "prompts a batch, for a model in this process"})
+    reader_max_hops: int = field(default=5, metadata={"help": "most searches a question"})
+    reader_history: bool = field(
+        default=True, metadata={"help": "the retriever reads the question and the hops so far, not the query alone"}
+    )
+    reader_follow_up: bool = field(
+        default=True,
+        metadata={"help": "decomposition: later hops are put as they would be in a conversation ('Who leads it?')"},
+    )
+    reader_reward: str = field(
+        default="f1",
+        metadata={
+            "help": "f1 of the answer; ndcg, recall, reciprocal_rank of the first list; all_gold_recall over all "
+            "hops; constant; or package.module:attribute, called with a trajectory"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.reader_max_hops < 1:
+            raise ConfigError(f"reader_max_hops must be at least 1, got {self.reader_max_hops}")
+
+
+@dataclass
+class QueryEncoderArguments:
+    """What of the query encoder is trained."""
+
+    retriever_train: Literal["full", "lora", "head"] = field(
+        default="full",
+        metadata={"help": "all weights; LoRA in all linear layers; or the encoder frozen, with a linear map on top"},
+    )
+    retriever_lora_r: int = field(default=32, metadata={"help": "lora: rank"})
+    retriever_lora_alpha: int = field(default=64, metadata={"help": "lora: scale, times 1 / rank"})
+    retriever_state_tokens: int | None = field(
+        default=None, metadata={"help": "longest query with its history; by default what the encoder takes"}
+    )

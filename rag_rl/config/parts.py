@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rag_rl.config.arguments import DataArguments, GeneratorArguments, RetrieverArguments, RewardArguments
+from rag_rl.config.arguments import (
+    DataArguments,
+    GeneratorArguments,
+    QueryEncoderArguments,
+    ReaderArguments,
+    RetrieverArguments,
+    RewardArguments,
+)
 from rag_rl.errors import ConfigError, DataError
 from rag_rl.types import Passage, Prompt, Question, Retriever
 
@@ -263,6 +270,194 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
     if not hasattr(retriever, "search_hits"):
         raise ConfigError(f"retriever_shuffled needs the dense retriever, not {args.retriever_name!r}")
     return ShuffledRetriever(retriever, seed=seed)
+
+
+def build_reader(args: ReaderArguments) -> Any:
+    """Builds who asks, reads and answers.
+
+    Args:
+        args: who.
+
+    Returns:
+        A ``rag_rl.reasoning.Reader``.
+
+    Raises:
+        ConfigError: an unknown name, or a model is needed and none is named.
+        DataError: the model cannot be loaded.
+    """
+    from rag_rl import reasoning
+
+    shared: dict[str, Any] = {
+        "history": args.reader_history,
+        "answer_marker": args.reader_answer_marker,
+        "max_new_tokens": args.reader_max_new_tokens,
+        "generator_type": args.reader_type,
+    }
+    match args.reader_name:
+        case "decomposition":
+            return reasoning.DecompositionReader(
+                build_reader_model(args), follow_up=args.reader_follow_up, prompt=args.reader_prompt, **shared
+            )
+        case "scripted":
+            return reasoning.DecompositionReader(follow_up=args.reader_follow_up, history=args.reader_history)
+        case "react":
+            return reasoning.ReActReader(build_reader_model(args), **shared)
+        case "none":
+            return reasoning.SingleSearch()
+        case name if ":" in name:
+            return import_attribute(name)(args)
+        case name:
+            raise ConfigError(
+                f"reader_name must be decomposition, scripted, react, none or package.module:attribute, got {name!r}"
+            )
+
+
+def build_reader_model(args: ReaderArguments) -> Any:
+    """Loads the reader's model, or connects to its endpoint; greedy replies are remembered.
+
+    Args:
+        args: which one.
+
+    Returns:
+        A generator.
+
+    Raises:
+        ConfigError: no model is named.
+        DataError: it cannot be loaded.
+    """
+    from rag_rl.generation import CachedGenerator, OpenAIGenerator, TransformersGenerator
+
+    if not args.reader_model:
+        raise ConfigError(f"reader_name {args.reader_name} needs a model: set reader_model")
+    if args.reader_base_url:
+        return CachedGenerator(
+            OpenAIGenerator(
+                args.reader_model,
+                base_url=args.reader_base_url,
+                api_key_env=args.reader_api_key_env,
+                generator_type=args.reader_type,
+            )
+        )
+    return CachedGenerator(
+        TransformersGenerator.from_pretrained(
+            expand(args.reader_model),
+            batch_size=args.reader_batch_size,
+            generator_type="base" if args.reader_type == "base" else "instruct",
+        )
+    )
+
+
+def build_search(
+    retriever: RetrieverArguments, data: DataArguments, reader: ReaderArguments, trained: QueryEncoderArguments
+) -> Any:
+    """Puts together what training a retriever needs: an index, a history-aware query encoder and an environment.
+
+    Args:
+        retriever: index and encoder.
+        data: the corpus.
+        reader: who asks, reads and answers, and what is rewarded.
+        trained: what of the encoder is trained.
+
+    Returns:
+        A ``rag_rl.evaluation.SearchAssembly``.
+
+    Raises:
+        ConfigError: a name or a number that does not fit.
+        DataError: corpus or model are missing or bad.
+        RetrievalIndexError: the index does not fit or is damaged.
+    """
+    from rag_rl.evaluation import SearchAssembly
+    from rag_rl.reasoning import Environment, f1_reward, retrieval_reward
+    from rag_rl.retrieval import HistoryEncoder
+
+    if retriever.retriever_name != "dense" or retriever.retriever_shuffled:
+        raise ConfigError("training a retriever needs retriever_name dense, not shuffled")
+    index: Any = build_retriever(retriever, data)
+    encoder = build_encoder(retriever)  # the index keeps the one that it was made with
+    make_trainable(encoder, trained)
+    reward: Callable[[Any], float | None]
+    match reader.reader_reward:
+        case "f1":
+            reward = f1_reward
+        case "constant":
+            reward = _constant_reward
+        case name if ":" in name:
+            reward = import_attribute(name)
+        case name:
+            reward = retrieval_reward(name)
+    one_hop = reader.reader_name == "none"
+    if one_hop and reader.reader_reward == "f1":
+        raise ConfigError("reader_name none answers nothing: set reader_reward to ndcg, recall or reciprocal_rank")
+    return SearchAssembly(
+        Environment(build_reader(reader), max_hops=1 if one_hop else reader.reader_max_hops, reward=reward),
+        index,
+        HistoryEncoder(encoder, max_tokens=trained.retriever_state_tokens),
+        top_k=retriever.retriever_top_k,
+        answers=not one_hop,
+    )
+
+
+def _constant_reward(trajectory: Any) -> float:
+    del trajectory
+    return 1.0
+
+
+def make_trainable(encoder: Any, args: QueryEncoderArguments) -> None:
+    """Chooses what of an encoder is trained, in place.
+
+    Args:
+        encoder: a ``SentenceEncoder``.
+        args: what.
+    """
+    model = encoder.model
+    match args.retriever_train:
+        case "full":
+            model.requires_grad_(True)
+        case "lora":
+            from peft import LoraConfig, TaskType
+
+            model.add_adapter(
+                LoraConfig(
+                    task_type=TaskType.FEATURE_EXTRACTION,
+                    r=args.retriever_lora_r,
+                    lora_alpha=args.retriever_lora_alpha,
+                    lora_dropout=0.0,  # the policy that samples must be the policy that is trained
+                    target_modules="all-linear",
+                )
+            )
+        case "head":
+            import torch
+            from sentence_transformers.sentence_transformer.modules import Dense
+
+            model.requires_grad_(False)
+            head = Dense(encoder.dimension, encoder.dimension, bias=False, activation_function=torch.nn.Identity())
+            torch.nn.init.eye_(head.linear.weight)  # begins as the encoder itself
+            model.append(head.to(model.device))
+
+
+def build_trained_questions(questions: Sequence[Question], search: Any, *, what: str) -> list[Question]:
+    """Leaves out questions whose gold documents the corpus does not hold, and says how many.
+
+    Args:
+        questions: to train or evaluate on.
+        search: with the index.
+        what: what they are for, in the log.
+
+    Returns:
+        Those that can be found.
+
+    Raises:
+        DataError: none is left.
+    """
+    from rag_rl.reasoning import known_gold
+
+    passages = search.retriever.passages
+    kept, lost = known_gold(questions, {passages[row].doc_id for row in range(len(passages))})
+    if lost:
+        logger.warning(
+            "%d of %d %s questions are left out: the corpus lacks their gold documents", lost, len(questions), what
+        )
+    return kept
 
 
 def first_process() -> Any:

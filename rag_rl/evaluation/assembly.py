@@ -10,11 +10,14 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.evaluation.scoring import Row, score_row
 from rag_rl.generation.prompting import fit_batch
 from rag_rl.prompts import render, render_passages, require_placeholders
+from rag_rl.reasoning import Trajectory
 from rag_rl.text import extract_answer
 from rag_rl.types import Generation, Generator, Hit, Passage, Prompt, Question, Retriever
 
@@ -49,11 +52,13 @@ class Answered:
         asked: the question, its hits and its prompt.
         generation: the raw continuation.
         answer: the answer in it, None where it holds none.
+        trajectory: how it was found, where it took several hops.
     """
 
     asked: Asked
     generation: Generation
     answer: str | None
+    trajectory: Trajectory | None = None
 
 
 class Assembly:
@@ -118,6 +123,55 @@ class Assembly:
         twin = Assembly.__new__(Assembly)
         twin.__dict__.update(self.__dict__, generator=generator)
         return twin
+
+    def under_training(self, trainer: Any, *, batch_size: int) -> Assembly:
+        """The same assembly around the policy of a trainer.
+
+        Args:
+            trainer: of TRL.
+            batch_size: answers a batch.
+
+        Returns:
+            A new assembly that shares the retriever.
+        """
+        from rag_rl.generation import PolicyGenerator
+
+        return self.with_generator(
+            PolicyGenerator(trainer, batch_size=batch_size, generator_type=self.generator_type)  # type: ignore[arg-type]
+        )
+
+    def reloaded(self, folder: Path, *, device: Any, batch_size: int) -> Assembly:
+        """The same assembly around a model that was saved.
+
+        Args:
+            folder: a run folder.
+            device: where the model goes.
+            batch_size: answers a batch.
+
+        Returns:
+            A new assembly that shares the retriever.
+        """
+        from rag_rl.generation import TransformersGenerator
+
+        return self.with_generator(
+            TransformersGenerator.from_pretrained(
+                str(folder),
+                device=device,
+                batch_size=batch_size,
+                generator_type=self.generator_type,  # type: ignore[arg-type]
+            )
+        )
+
+    def row(self, answered: Answered) -> Row:
+        """Scores one answer; see ``score_row``.
+
+        Args:
+            answered: of this assembly.
+
+        Returns:
+            A row for JSON.
+        """
+        return score_row(answered, marker=self.answer_marker, top_k=None if self.retriever is None else self.top_k)
 
     def prepare(self, questions: Sequence[Question]) -> list[Asked]:
         """Retrieves for all questions in one batched search and builds their prompts.

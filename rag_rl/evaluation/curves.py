@@ -117,8 +117,13 @@ def curve_panels(log_history: Iterable[Mapping[str, Any]]) -> list[Panel]:
 
     Returns:
         The reward, its parts, loss, entropy, zero-variance groups and the like, then whatever else the trainer logged.
+        A share of answers without a score (``rewards/none``, ``rewards/<name>/none``) only where it rises above 0.
     """
-    curves = training_curves(log_history)
+    curves = {
+        key: points
+        for key, points in training_curves(log_history).items()
+        if not key.endswith("/none") or any(value > 0 for _, value in points)
+    }
     reward = next((key for key in _REWARD_KEYS if key in curves), None)
     parts = [
         key

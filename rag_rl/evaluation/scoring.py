@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rag_rl import metrics
 from rag_rl.errors import DataError
-from rag_rl.evaluation.assembly import Answered, Assembly
 from rag_rl.text import has_format
 from rag_rl.types import Hit, Question, Retriever
+
+if TYPE_CHECKING:
+    from rag_rl.evaluation.assembly import Answered
 
 Row = dict[str, Any]
 """One evaluated question for JSON: ``qid question answers gold_doc_ids passages reply answer scores rewards``."""
@@ -35,8 +37,32 @@ class Evaluation:
     rows: list[Row]
 
 
+class Evaluable(Protocol):
+    """What can be evaluated: ``Assembly``, which asks once, and ``SearchAssembly``, which searches hop by hop."""
+
+    def answer(self, questions: Sequence[Question]) -> list[list[Answered]]:
+        """Returns one greedy answer a question, in a list of its own."""
+        ...
+
+    def row(self, answered: Answered) -> Row:
+        """Returns the scored row of an answer."""
+        ...
+
+
+class Part(Protocol):
+    """An assembly of which a run trains a part."""
+
+    def under_training(self, trainer: Any, *, batch_size: int) -> Evaluable:
+        """Returns the assembly around the part as it is now."""
+        ...
+
+    def reloaded(self, folder: Path, *, device: Any, batch_size: int) -> Evaluable:
+        """Returns the assembly around the part that was saved in a folder."""
+        ...
+
+
 def evaluate(
-    assembly: Assembly, questions: Sequence[Question], *, rewards: Scorer | None = None, batch_size: int = 256
+    assembly: Evaluable, questions: Sequence[Question], *, rewards: Scorer | None = None, batch_size: int = 256
 ) -> Evaluation:
     """Answers questions greedily and scores the answers and the retrieval behind them.
 
@@ -54,11 +80,10 @@ def evaluate(
     """
     if not questions:
         raise DataError("there is no question to evaluate on")
-    top_k = None if assembly.retriever is None else assembly.top_k
     rows: list[Row] = []
     for start in range(0, len(questions), batch_size):
         answered = [a for (a,) in assembly.answer(questions[start : start + batch_size])]
-        batch = [score_row(a, marker=assembly.answer_marker, top_k=top_k) for a in answered]
+        batch = [assembly.row(a) for a in answered]
         if rewards is not None:
             named = rewards(
                 completions=[row["reply"] for row in batch],
@@ -110,15 +135,41 @@ def score_row(answered: Answered, *, marker: str, top_k: int | None) -> Row:
         retrieval metrics; they are 0 where nothing was retrieved.
     """
     question, hits = answered.asked.question, answered.asked.hits
-    prediction = answered.answer
-    scores: dict[str, float | None] = {
-        "em": metrics.exact_match(prediction, question.answers),
-        "f1": metrics.token_f1(prediction, question.answers),
-        "contains_em": metrics.contains_match(prediction, question.answers),
-        "format": float(has_format(answered.generation.text, marker=marker)),
-    }
+    scores = answer_scores(answered.answer, question.answers)
+    scores["format"] = float(has_format(answered.generation.text, marker=marker))
     if question.gold_doc_ids and top_k is not None:
         scores |= retrieval_scores(hits, question.gold_doc_ids, top_k=top_k)
+    return make_row(answered, scores)
+
+
+def answer_scores(answer: str | None, accepted: Sequence[str]) -> dict[str, float | None]:
+    """Scores an answer.
+
+    Args:
+        answer: what was answered, None for nothing.
+        accepted: the right answers.
+
+    Returns:
+        ``em f1 contains_em``, each in [0, 1].
+    """
+    return {
+        "em": metrics.exact_match(answer, accepted),
+        "f1": metrics.token_f1(answer, accepted),
+        "contains_em": metrics.contains_match(answer, accepted),
+    }
+
+
+def make_row(answered: Answered, scores: dict[str, float | None]) -> Row:
+    """Writes down one answered question.
+
+    Args:
+        answered: question, hits, reply and answer.
+        scores: by name.
+
+    Returns:
+        A row without rewards.
+    """
+    question = answered.asked.question
     return {
         "qid": question.qid,
         "question": question.question,
@@ -129,7 +180,7 @@ def score_row(answered: Answered, *, marker: str, top_k: int | None) -> Row:
             for h in answered.asked.shown
         ],
         "reply": answered.generation.text,
-        "answer": prediction,
+        "answer": answered.answer,
         "scores": scores,
         "rewards": {},
     }

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_rl.generation.cached import CachedGenerator
     from rag_rl.generation.openai_generator import OpenAIGenerator
     from rag_rl.generation.policy import PolicyGenerator
     from rag_rl.generation.prompting import Fitted, fit_batch, fit_passages, prompt_text
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rag_rl.generation.transformers_generator import TransformersGenerator
 
 _MODULE_OF = {
+    "CachedGenerator": "cached",
     "Fitted": "prompting",
     "OpenAIGenerator": "openai_generator",
     "PolicyGenerator": "policy",
@@ -27,6 +29,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "CachedGenerator",
     "Fitted",
     "OpenAIGenerator",
     "PolicyGenerator",

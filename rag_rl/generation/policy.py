@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from trl.models import unwrap_model_for_generation
 
-from rag_rl.errors import ConfigError
 from rag_rl.generation.transformers_generator import (
     GeneratorType,
+    TransformersGenerator,
     check_lengths,
     check_sampling,
-    encode_prompts,
+    check_settings,
     finish,
-    prompt_limit,
     sample,
 )
 from rag_rl.types import Generation, Prompt
@@ -45,7 +44,7 @@ class PolicyGenerator:
         generator_type: as in ``TransformersGenerator``.
 
     Raises:
-        ConfigError: ``batch_size`` below 1.
+        ConfigError: ``batch_size`` below 1, or an unknown ``generator_type``.
     """
 
     def __init__(
@@ -56,8 +55,7 @@ class PolicyGenerator:
         max_prompt_tokens: int | None = None,
         generator_type: GeneratorType = "instruct",
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"generator_batch_size must be at least 1, got {batch_size}")
+        check_settings(batch_size=batch_size, generator_type=generator_type)
         self.trainer = trainer
         self.batch_size = batch_size
         self.max_prompt_tokens = max_prompt_tokens
@@ -65,44 +63,15 @@ class PolicyGenerator:
         # A multimodal processor wraps the tokenizer.
         self.tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Renders and tokenises prompts: the ``prompt_ids`` that go with a generation's ``token_ids``.
+    # A prompt costs here what it costs outside training: the same methods, over this policy's model and tokenizer.
+    encode = TransformersGenerator.encode
+    prompt_tokens = TransformersGenerator.prompt_tokens
+    prompt_limit = TransformersGenerator.prompt_limit
 
-        Args:
-            prompts: B prompts.
-
-        Returns:
-            B lists of token ids.
-
-        Raises:
-            ConfigError: chat turns for a tokenizer without a chat template.
-        """
-        return encode_prompts(self.tokenizer, prompts, generator_type=self.generator_type)
-
-    def prompt_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Counts what prompts cost; made for ``fit_passages``.
-
-        Args:
-            prompts: B prompts.
-
-        Returns:
-            Their lengths in tokens, chat template included.
-
-        Raises:
-            ConfigError: as ``encode``.
-        """
-        return [len(ids) for ids in self.encode(prompts)]
-
-    def prompt_limit(self, max_new_tokens: int) -> int | None:
-        """Tells how long a prompt may be.
-
-        Args:
-            max_new_tokens: budget of the continuation, in tokens.
-
-        Returns:
-            The most tokens that ``generate`` takes with that budget; None where nothing sets a bound.
-        """
-        return prompt_limit(self._unwrapped(), max_new_tokens, self.max_prompt_tokens)
+    @property
+    def model(self) -> Any:
+        """The model out of its wrappers; under ZeRO-3 and FSDP its parameters are still sharded."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
 
     def synchronised(self, flag: bool) -> bool:
         """Tells whether a flag is set on any rank; collective.
@@ -171,9 +140,6 @@ class PolicyGenerator:
                 passes=self._most(passes) if collective else 0,
                 synced=collective,
             )
-
-    def _unwrapped(self) -> Any:
-        return self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
 
     @contextmanager
     def _open_model(self) -> Iterator[Any]:
@@ -247,7 +213,7 @@ class PolicyGenerator:
         finally:
             for name, value in before.items():
                 setattr(engine, name, value)
-        model = self._unwrapped()
+        model = self.model
         done = [
             finish(self.tokenizer, model, ids, stop, prompt_tokens=len(row))
             for row, ids in zip(rows, completions[: len(rows)], strict=True)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from transformers import (
@@ -23,6 +23,20 @@ from rag_rl.generation.prompting import cut_at_stop, prompt_text
 from rag_rl.types import Generation, Prompt
 
 GeneratorType: TypeAlias = Literal["instruct", "base"]
+
+
+class _ReadsPrompts(Protocol):
+    """What the cost of a prompt depends on; the policy under training has it too, and takes the methods over."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def max_prompt_tokens(self) -> int | None: ...
+    @property
+    def generator_type(self) -> GeneratorType: ...
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]: ...
 
 
 class TransformersGenerator:
@@ -54,12 +68,7 @@ class TransformersGenerator:
         max_prompt_tokens: int | None = None,
         generator_type: GeneratorType = "instruct",
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"generator_batch_size must be at least 1, got {batch_size}")
-        if generator_type not in ("instruct", "base"):
-            raise ConfigError(
-                f"generator_type must be 'instruct' or 'base' for a model in this process, got {generator_type!r}"
-            )
+        check_settings(batch_size=batch_size, generator_type=generator_type)
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -128,8 +137,8 @@ class TransformersGenerator:
             generator_type=generator_type,
         )
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Renders and tokenises prompts.
+    def encode(self: _ReadsPrompts, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Renders and tokenises prompts: the ``prompt_ids`` that go with a generation's ``token_ids``.
 
         Args:
             prompts: B prompts.
@@ -142,7 +151,7 @@ class TransformersGenerator:
         """
         return encode_prompts(self.tokenizer, prompts, generator_type=self.generator_type)
 
-    def prompt_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
+    def prompt_tokens(self: _ReadsPrompts, prompts: Sequence[Prompt]) -> list[int]:
         """Counts what prompts cost; made for ``fit_passages``.
 
         Args:
@@ -156,7 +165,7 @@ class TransformersGenerator:
         """
         return [len(ids) for ids in self.encode(prompts)]
 
-    def prompt_limit(self, max_new_tokens: int) -> int | None:
+    def prompt_limit(self: _ReadsPrompts, max_new_tokens: int) -> int | None:
         """Tells how long a prompt may be.
 
         Args:
@@ -288,6 +297,24 @@ def check_lengths(encoded: Sequence[Sequence[int]], limit: int | None) -> None:
             f"{number} of {len(encoded)} prompts are longer than the {max(limit, 0)} tokens that the model's context "
             f"or max_prompt_tokens leaves for them (the longest has {longest}): give fewer or shorter passages "
             f"(rag_rl.generation.fit_passages), or a smaller max_new_tokens"
+        )
+
+
+def check_settings(*, batch_size: int, generator_type: str) -> None:
+    """Refuses settings that no generator in this process has.
+
+    Args:
+        batch_size: sequences in one pass, >= 1.
+        generator_type: "instruct" or "base".
+
+    Raises:
+        ConfigError: names the setting and what it may be.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"generator_batch_size must be at least 1, got {batch_size}")
+    if generator_type not in ("instruct", "base"):
+        raise ConfigError(
+            f"generator_type must be 'instruct' or 'base' for a model in this process, got {generator_type!r}"
         )
 
 

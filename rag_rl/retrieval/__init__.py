@@ -9,12 +9,14 @@ from rag_rl.retrieval.build import build_index
 from rag_rl.retrieval.cached import CachedRetriever
 from rag_rl.retrieval.dense import DenseRetriever, open_index
 from rag_rl.retrieval.encoder import Encoder, SentenceEncoder
+from rag_rl.retrieval.history import HistoryEncoder
 from rag_rl.retrieval.static import ShuffledRetriever, StaticRetriever
 
 __all__ = [
     "CachedRetriever",
     "DenseRetriever",
     "Encoder",
+    "HistoryEncoder",
     "SentenceEncoder",
     "ShuffledRetriever",
     "StaticRetriever",

@@ -108,8 +108,8 @@ def fill(
     """
     with _chroma_errors(where, "store the vectors"):
         # Inner product, so that 1 - distance is the score of the other backend as well. Chroma's graph goes to disk
-        # after sync_threshold rows (at least 2): a smaller collection would have a file that each opening makes anew,
-        # and that no checksum fits.
+        # after sync_threshold writes (at least 2): a smaller collection would have a file that each opening makes
+        # anew, and that no checksum fits.
         hnsw = {
             "space": "ip",
             "sync_threshold": max(2, min(1000, len(matrix))),
@@ -123,7 +123,10 @@ def fill(
         for start in range(first, len(matrix), step):
             block = np.ascontiguousarray(matrix[start : start + step])
             # upsert: add() ignores ids that are there already, without a word.
-            target.upsert(ids=[str(row) for row in range(start, start + len(block))], embeddings=block)
+            ids = [str(row) for row in range(start, start + len(block))]
+            target.upsert(ids=ids, embeddings=block)
+            if len(matrix) == 1:
+                target.upsert(ids=ids, embeddings=block)  # the second write that the threshold asks for
             tick(len(block))
 
 

@@ -12,7 +12,6 @@ from rag_rl.rewards.answer import ABSTENTION, abstains, contains_em, em, f1
 from rag_rl.rewards.citation import citation_reward
 from rag_rl.rewards.combine import RewardPart, combine, score_parts, weighted_sum
 from rag_rl.rewards.control import constant
-from rag_rl.rewards.defaults import default_parts
 from rag_rl.rewards.format import format_reward
 from rag_rl.rewards.groundedness import groundedness_reward
 from rag_rl.rewards.length import length_reward
@@ -26,7 +25,6 @@ __all__ = [
     "combine",
     "constant",
     "contains_em",
-    "default_parts",
     "em",
     "f1",
     "format_reward",

@@ -26,6 +26,7 @@ from rag_rl.tiny.world import (
     Entity,
     Relation,
     World,
+    alike,
     draw_world,
     names,
     passage_text,
@@ -197,32 +198,77 @@ def passage_writing(rng: random.Random, *, hasty: float = 0.0) -> list[Message]:
     return [user(render("tiny_passage", question=question)), assistant(passage_text(entity, rng))]
 
 
-def judging(rng: random.Random) -> list[Message]:
-    """A question, its right answer and a given one, and the verdict as JSON.
+def judging(rng: random.Random, *, n_answers: int = 4) -> list[Message]:
+    """A question and its right answer, then several given ones, and for each the verdict as JSON.
+
+    The verdict restates both answers side by side and says in a word whether they agree: next to each other two names
+    can be compared by the convolutions, while a verdict without them was not learnt at all (docs/decisions.md).
 
     Args:
         rng: source of everything.
+        n_answers: how many answers are judged, at least 1.
 
     Returns:
-        Chat messages of one exchange; the reply is ``{"score": 1}`` or ``{"score": 0}``.
+        Chat messages, two turns an answer; a reply ends in ``{"score": 1}`` or ``{"score": 0}``.
     """
     kind = rng.choice(KINDS)
     relation = rng.choice(OF_KIND[kind])
     subject = rng.choice(names(kind, "train"))
     gold = _guess(relation, rng)
-    right = rng.random() < 0.5
-    given = gold
-    while not right and given == gold:
-        given = _guess(relation, rng)
-        if relation.target in KINDS and rng.random() < 0.4:  # a near miss: the same beginning
-            given = rng.choice([n for n in names(relation.target, "train") if n[:3] == gold[:3]])
-    shape = rng.random()
-    if shape < 0.4:
-        given = rng.choice(WRAPS).format(v=given)
-    elif shape < 0.6:
-        given = statement(relation, subject, given)
-    content = render("tiny_judge", question=rng.choice(relation.questions).format(s=subject), gold=gold, answer=given)
-    return [user(content), assistant('{"score": 1}' if right else '{"score": 0}')]
+    question = rng.choice(relation.questions).format(s=subject)
+    messages = []
+    for i in range(n_answers):
+        value = gold if rng.random() < 0.5 else _other(gold, relation.target, rng)
+        given, shape = value, rng.random()
+        if shape < 0.3:
+            given = rng.choice(WRAPS).format(v=value)
+        elif shape < 0.5:
+            given = statement(relation, subject, value)
+        elif shape < 0.53:
+            given, value = "", "no answer"
+        content = f"Given answer: {given}".rstrip()
+        if i == 0:
+            content = render("tiny_judge", question=question, gold=gold, answer=given).rstrip()
+        messages += [user(content), assistant(verdict_text(gold, value))]
+    return messages
+
+
+def verdict_text(gold: str, given: str) -> str:
+    """A right verdict.
+
+    Args:
+        gold: the right answer.
+        given: the answer under judgement, without the words around it.
+
+    Returns:
+        One line that ends in JSON.
+
+    Example:
+        >>> verdict_text("tin", "wool")
+        'Right answer: tin / wool wrong {"score": 0}'
+    """
+    right = given == gold
+    return f'Right answer: {gold} / {given} {"right" if right else "wrong"} {{"score": {int(right)}}}'
+
+
+def comparing(rng: random.Random, *, n_pairs: int = 12) -> list[tuple[str, str]]:
+    """A drill for judging: nothing but verdicts, on pairs of which half agree and many others are near misses.
+
+    Args:
+        rng: source of everything.
+        n_pairs: how many.
+
+    Returns:
+        Pairs of what is random, both answers, and what follows from it, the verdict.
+    """
+    kind = rng.choice((*KINDS, *KINDS, *NOUNS))
+    pairs = []
+    for _ in range(n_pairs):
+        gold = _value(kind, rng)
+        text = verdict_text(gold, gold if rng.random() < 0.5 else _other(gold, kind, rng))
+        cut = max(text.find(" right {"), text.find(" wrong {"))
+        pairs.append((text[:cut], text[cut:]))
+    return pairs
 
 
 def copying(rng: random.Random, *, vocabulary: Sequence[int], length: int = 24, times: int = 3) -> list[int]:
@@ -310,7 +356,20 @@ def _question(relations: Sequence[Relation], subject: str, rng: random.Random) -
 
 
 def _guess(relation: Relation, rng: random.Random) -> str:
-    return rng.choice(names(relation.target, "train") if relation.target in KINDS else NOUNS[relation.target])
+    return _value(relation.target, rng)
+
+
+def _value(kind: str, rng: random.Random) -> str:
+    return rng.choice(names(kind, "train") if kind in KINDS else NOUNS[kind])
+
+
+def _other(value: str, kind: str, rng: random.Random) -> str:
+    """Another value of the same kind; of names, often one that shares a part with it."""
+    near = alike(value, names(kind, "train"), "either") if kind in KINDS and rng.random() < 0.5 else ()
+    while True:
+        found = rng.choice(near) if near else _value(kind, rng)
+        if found != value:
+            return found
 
 
 def _answer(

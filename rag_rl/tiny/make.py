@@ -26,14 +26,13 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel, PreTraine
 from rag_rl.prompts import render, render_passages
 from rag_rl.text import extract_answer
 from rag_rl.tiny import FOLDER
-from rag_rl.tiny.lessons import NO_HABITS, Habits, copying, lesson, reading, user
+from rag_rl.tiny.lessons import NO_HABITS, Habits, comparing, copying, lesson, reading, user
 from rag_rl.tiny.make_encoder import make_encoder
 from rag_rl.tiny.tokenizer import FIRST_PIECE, build_tokenizer
 from rag_rl.tiny.world import draw_world, name_parts, questions
 from rag_rl.types import Message, Passage
 
-SHARES = {"reading": 5.0, "reasoning": 2.5, "question": 0.6, "passage": 0.6, "judging": 0.8}
-LATE_SHARES = {**SHARES, "judging": 3.0}  # judging takes long, and is learnt once names can be told apart
+SHARES = {"reading": 5.0, "reasoning": 2.5, "question": 0.6, "passage": 0.6, "judging": 2.0}
 PACKAGED_HABITS = Habits(hasty=0.5, wordy=0.5, unsearched=0.5, sloppy=0.5)
 BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 48, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 1_000
@@ -60,6 +59,26 @@ def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> R
             (message["content"] + "<|im_end|>", 1.0 if spoken else CONTEXT_WEIGHT),
             ("\n", CONTEXT_WEIGHT),
         ):
+            part = tokenizer(text, add_special_tokens=False).input_ids
+            ids += part
+            weights += [weight] * len(part)
+    return ids, weights
+
+
+def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Row:
+    """Token ids of a drill, with the weight of each in the loss: 0 on what is random, 1 on what follows from it.
+
+    Args:
+        pairs: of text that is given and text to be learnt.
+        tokenizer: of the model.
+
+    Returns:
+        T ids and T weights.
+    """
+    ids: list[int] = []
+    weights: list[float] = []
+    for pair in pairs:
+        for text, weight in zip(pair, (0.0, 1.0), strict=True):
             part = tokenizer(text, add_special_tokens=False).input_ids
             ids += part
             weights += [weight] * len(part)
@@ -154,14 +173,19 @@ def mixed_batches(
     shares: dict[str, float] = SHARES,
     habits: Habits = NO_HABITS,
     alike_in: str = "beginning",
+    drills: int = 1,
 ) -> Iterator[list[Row]]:
-    """Endless batches of all tasks; rows of similar length share a batch, to waste little on padding."""
+    """Endless batches of all tasks; rows of similar length share a batch, to waste little on padding.
+
+    To every four batches of lessons come ``drills`` batches of comparing: without them, judging is not learnt.
+    """
     while True:
         rows = [
             encode(lesson(rng, shares=shares, habits=habits, alike_in=alike_in), tokenizer) for _ in range(4 * BATCH)
         ]
         rows.sort(key=lambda row: len(row[0]))
         batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        batches += [[encode_pairs(comparing(rng), tokenizer) for _ in range(BATCH)] for _ in range(drills)]
         rng.shuffle(batches)
         yield from batches
 
@@ -333,7 +357,8 @@ def make_language_model(stage: str, out: Path, *, start: Path | None, steps: int
     else:
         model = Lfm2ForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
         habits = PACKAGED_HABITS if stage == "habits" else NO_HABITS
-        batches = mixed_batches(tokenizer, rng, shares=LATE_SHARES, habits=habits, alike_in="either")
+        # The base has learnt to read and not yet to compare.
+        batches = mixed_batches(tokenizer, rng, habits=habits, alike_in="either", drills=1 if stage == "habits" else 3)
     started = time.time()
     curve = []
 
@@ -363,8 +388,8 @@ def main() -> None:
         "--out", type=Path, default=FOLDER, help="where reader/ and encoder/ go (default: the package)"
     )
     parser.add_argument("--base", type=Path, default=Path("runs/tiny-base"), help="where the base is kept")
-    parser.add_argument("--base_steps", type=int, default=2_200)
-    parser.add_argument("--rival_steps", type=int, default=600)
+    parser.add_argument("--base_steps", type=int, default=2_400)
+    parser.add_argument("--rival_steps", type=int, default=800)
     parser.add_argument("--habit_steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -50,6 +50,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
                     "hops": q.hops,
                     "chain": q.meta["chain"],
                     "relations": q.meta["relations"],
+                    **({"decomposition": q.meta["decomposition"]} if hops == 2 else {}),
                 }
                 for q in found
             ]

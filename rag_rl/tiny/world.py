@@ -288,14 +288,24 @@ def draw_world(
 def _with_rivals(rng: random.Random, pool: Sequence[str], size: int, share: float, alike_in: str) -> list[str]:
     picked = [rng.choice(pool)]
     while len(picked) < size:
-        name = rng.choice(_alike(rng.choice(picked), tuple(pool), alike_in) if rng.random() < share else pool)
+        name = rng.choice(alike(rng.choice(picked), tuple(pool), alike_in) if rng.random() < share else pool)
         if name not in picked:
             picked.append(name)
     return picked
 
 
 @cache
-def _alike(name: str, pool: tuple[str, ...], alike_in: str) -> tuple[str, ...]:
+def alike(name: str, pool: tuple[str, ...], alike_in: str) -> tuple[str, ...]:
+    """Names that are easily taken for another one.
+
+    Args:
+        name: of any kind; itself among the result where it is in the pool.
+        pool: names to choose from.
+        alike_in: ``"beginning"``, or ``"either"`` part.
+
+    Returns:
+        Those that share that part with it, in the order of the pool.
+    """
     start, ending = name_parts(name)
     if alike_in == "beginning":
         return tuple(other for other in pool if name_parts(other)[0] == start)

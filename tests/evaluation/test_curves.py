@@ -100,6 +100,17 @@ def test_a_single_reward_is_shown_once():
     assert [panel.key for panel in curve_panels(log)] == ["reward"]
 
 
+def test_shares_without_a_score_are_shown_where_there_are_any():
+    log = [
+        {"step": 1, "reward": 0.5, "rewards/em": 0.0, "rewards/em/none": 0.0, "rewards/none": 0.0, "kl": 0.0},
+        {"step": 2, "reward": 0.4, "rewards/em": 0.0, "rewards/em/none": 0.0, "rewards/none": 0.0, "kl": 0.0},
+    ]
+    # Only these names: a reward, or any other quantity, that stays at 0 is news.
+    assert [panel.key for panel in curve_panels(log)] == ["reward", "rewards/em", "kl"]
+    log[1]["rewards/none"] = 0.25
+    assert [panel.key for panel in curve_panels(log)] == ["reward", "rewards/em", "rewards/none", "kl"]
+
+
 def test_ppo_has_a_reward_too():
     log = [{"step": 1, "objective/kl": 0.1, "objective/scores": 0.4, "loss/policy_avg": 0.2, "val/ratio": 1.0}]
     assert [panel.key for panel in curve_panels(log)] == ["objective/scores", "loss/policy_avg", "objective/kl"]

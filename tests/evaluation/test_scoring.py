@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from rag_rl import evaluation
 from rag_rl.errors import DataError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.evaluation.scoring import (
@@ -117,6 +118,21 @@ def test_chunks_of_one_document_count_once(prompt):
     assembly = Assembly(retriever=retriever, generator=ScriptedGenerator(["Answer: x"]), prompt=prompt, top_k=3)
     (row,) = evaluate(assembly, QUESTIONS[:1]).rows
     assert row["scores"]["mrr@10"] == 0.5
+
+
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_retrieval_alone_by_hand(assembly, batch_size):
+    found = evaluation.evaluate_retrieval(assembly.retriever, QUESTIONS[:2], top_k=3, batch_size=batch_size)
+    second = 1 / math.log2(3)
+    assert found == {
+        "recall@3": 0.75,
+        "success@3": 1.0,
+        "mrr@10": 0.75,
+        "ndcg@10": pytest.approx((second + 1 / (1 + second)) / 2),
+    }
+    with pytest.raises(DataError, match="no question"):
+        evaluation.evaluate_retrieval(assembly.retriever, [], top_k=3)
+    assert {"evaluate_retrieval", "retrieval_scores"} <= set(evaluation.__all__)
 
 
 def test_batches_change_nothing(assembly):

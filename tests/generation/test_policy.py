@@ -113,6 +113,18 @@ def test_errors_and_edges(trainer):
         policy.generate(["river"], n=0, max_new_tokens=2, temperature=1.0)
     with pytest.raises(ConfigError, match="batch_size"):
         PolicyGenerator(trainer, batch_size=0)
+    with pytest.raises(ConfigError, match="generator_type must be 'instruct' or 'base'"):
+        PolicyGenerator(trainer, generator_type="api")
+
+
+def test_reads_prompts_as_the_same_model_outside_training(trainer, tokenizer):
+    for settings in ({}, {"generator_type": "base", "max_prompt_tokens": 9}):
+        policy = PolicyGenerator(trainer, **settings)
+        outside = TransformersGenerator(trainer.model, tokenizer, **settings)
+        assert policy.encode(PROMPTS) == outside.encode(PROMPTS)
+        assert policy.prompt_tokens(PROMPTS) == outside.prompt_tokens(PROMPTS)
+        assert [policy.prompt_limit(n) for n in (6, 250)] == [outside.prompt_limit(n) for n in (6, 250)]
+    assert policy.model is trainer.model
 
 
 class Engine:

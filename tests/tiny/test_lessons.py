@@ -18,6 +18,7 @@ from rag_rl.tiny.lessons import (
     TASKS,
     WRAPS,
     Habits,
+    comparing,
     copying,
     judging,
     lesson,
@@ -27,7 +28,7 @@ from rag_rl.tiny.lessons import (
     reasoning_step,
     step_text,
 )
-from rag_rl.tiny.world import KINDS, NOUNS, OF_KIND, RELATION, RELATIONS, SUFFIXES
+from rag_rl.tiny.world import KINDS, NOUNS, OF_KIND, RELATION, RELATIONS, SUFFIXES, name_parts
 
 SEEDS = range(60)
 # The grammar of R3-RAG (arXiv 2505.23794): an analysis, then exactly one of a query and the final answer.
@@ -73,7 +74,7 @@ def test_the_same_seed_gives_the_same_lesson(task):
     habits = Habits(0.5, 0.5, 0.5, 0.5)
     many = [lesson(rng(seed), shares={task: 1.0}, habits=habits) for seed in SEEDS]
     assert many == [lesson(rng(seed), shares={task: 1.0}, habits=habits) for seed in SEEDS]
-    assert len({str(messages) for messages in many}) > (1 if task == "judging" else 50)
+    assert len({str(messages) for messages in many}) > 50
 
 
 def test_shares_choose_the_tasks():
@@ -311,15 +312,37 @@ def test_written_passages_are_about_the_subject_unless_hasty(facts_of):
 
 def test_verdicts_are_right():
     scores = []
-    for seed in range(300):
-        ((prompt, reply),) = exchanges(judging(rng(seed)))
-        fields = re.fullmatch(r"[^\n]+\nQuestion: (.+\?)\nRight answer: (.+)\nGiven answer: (.+)", prompt)
-        assert fields, prompt
-        verdict = json.loads(reply)
-        assert list(verdict) == ["score"]
-        assert verdict["score"] == contains_match(fields[3], [fields[2]])
-        scores.append(verdict["score"])
+    for seed in range(100):
+        (first, reply), *others = exchanges(judging(rng(seed), n_answers=3))
+        fields = re.fullmatch(r"[^\n]+\nQuestion: (.+\?)\nRight answer: (.+)\nGiven answer:(.*)", first)
+        assert fields, first
+        gold = fields[2]
+        assert len(others) == 2
+        for given, verdict in [
+            (fields[3], reply),
+            *((prompt.removeprefix("Given answer:"), v) for prompt, v in others),
+        ]:
+            parts = re.fullmatch(r"Right answer: (.+) / (.+) (right|wrong) (\{.*\})", verdict)
+            assert parts, verdict
+            assert parts[1] == gold
+            assert parts[2] in given if given else parts[2] == "no answer"
+            right = contains_match(given, [gold])
+            assert json.loads(parts[4]) == {"score": right}
+            assert parts[3] == ("right" if right else "wrong")
+            scores.append(right)
     assert 0.4 < sum(scores) / len(scores) < 0.6
+
+
+def test_pairs_to_compare_are_cut_before_what_follows_from_them():
+    pairs = [pair for seed in range(50) for pair in comparing(rng(seed), n_pairs=6)]
+    assert len(pairs) == 300
+    near = 0
+    for shown, verdict in pairs:
+        gold, given = re.fullmatch(r"Right answer: (.+) / (.+)", shown).groups()
+        assert verdict == (' right {"score": 1}' if gold == given else ' wrong {"score": 0}')
+        near += gold != given and gold[0].isupper() and bool({*name_parts(gold)} & {*name_parts(given)})
+    assert 0.4 < sum(verdict.startswith(" right") for _, verdict in pairs) / len(pairs) < 0.6
+    assert near > 30
 
 
 def test_copying_repeats_a_string_of_few_letters():

@@ -77,8 +77,9 @@ def test_base_batches_follow_the_curriculum(tokenizer, monkeypatch):
         monkeypatch.setattr(make, name, value)
     batches = list(itertools.islice(make.base_batches(tokenizer, rng()), 10))
     assert all(len(batch) == 4 for batch in batches)
-    copies = [all(set(weights) == {0.0, 1.0} for _, weights in batch) for batch in batches]
-    assert copies == [True, False, True, False, False, False, False, False, False, False]
+    drills = [all(set(weights) == {0.0, 1.0} for _, weights in batch) for batch in batches]
+    assert drills[:6] == [True, False, True, False, False, False]
+    assert sum(drills[6:]) <= 1  # of five mixed batches, one compares
     for ids, weights in batches[0]:
         third = len(ids) // 3
         assert ids[:third] == ids[third : 2 * third] == ids[2 * third :]
@@ -89,9 +90,21 @@ def test_base_batches_follow_the_curriculum(tokenizer, monkeypatch):
 
 def test_mixed_batches_hold_rows_of_like_length(tokenizer, monkeypatch):
     monkeypatch.setattr(make, "BATCH", 8)
-    batches = list(itertools.islice(make.mixed_batches(tokenizer, rng()), 4))
+    batches = list(itertools.islice(make.mixed_batches(tokenizer, rng()), 5))
+    (drill,) = [batch for batch in batches if all(set(weights) == {0.0, 1.0} for _, weights in batch)]
+    assert len(drill) == 8
+    batches.remove(drill)
     spans = sorted((min(len(ids) for ids, _ in batch), max(len(ids) for ids, _ in batch)) for batch in batches)
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
+
+
+def test_a_drill_weighs_only_what_follows_from_its_pairs(tokenizer):
+    ids, weights = make.encode_pairs(
+        [("Right answer: tin / wool", " wrong"), ("Right answer: tin / tin", " right")], tokenizer
+    )
+    assert tokenizer.decode(ids) == "Right answer: tin / wool wrongRight answer: tin / tin right"
+    assert [tokenizer.decode([i]) for i, weight in zip(ids, weights, strict=True) if weight] == [" wrong", " right"]
+    assert set(weights) == {0.0, 1.0}
 
 
 def test_shares_name_every_task():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rag_rl.rewards import (
     RewardPart,
     citation_reward,
-    combine,
     contains_em,
-    default_parts,
     em,
     f1,
     format_reward,
@@ -21,7 +21,6 @@ from rag_rl.rewards import (
     score_parts,
     weighted_sum,
 )
-from rag_rl.rewards.answer import Unanswerable
 
 LIMIT = 160
 PASSAGES = [
@@ -107,6 +106,15 @@ REWARDS = {
     "format": format_reward(),
 }
 
+CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs" / "grpo_generator").glob("*.yaml"))
+
+
+def weights_of(config: Path) -> dict[str, float]:
+    """The rewards that a config trains with, by name."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    names = settings.get("reward_names", ["f1", "format"])
+    return dict(zip(names, settings.get("reward_weights", [1.0] * len(names)), strict=True))
+
 
 def columns(texts: list[str]) -> dict[str, Any]:
     """One token a word or sign, cut at the limit as the trainer does."""
@@ -146,18 +154,8 @@ def test_the_five_attempts_that_matter_are_seen_by_nearly_all(attempt: str) -> N
     assert blind <= {"format"}
 
 
-@pytest.mark.parametrize("attempt", sorted(GAMING.keys() - {"cite everything", "cite nothing"}))
-def test_gaming_loses_against_the_default_combination(attempt: str) -> None:
-    parts = default_parts(length_target=8, length_limit=LIMIT)
-    texts = ["Answer: Mirabrook", GAMING[attempt]]
-    right, gamed = weighted_sum(parts, score_parts(parts, **columns(texts)))
-    assert right == pytest.approx(1.5)
-    assert gamed is not None
-    assert gamed < right
-
-
 @pytest.mark.parametrize("attempt", GAMING)
-def test_gaming_loses_against_a_combination_with_citations(attempt: str) -> None:
+def test_gaming_loses_against_all_of_them_together(attempt: str) -> None:
     parts = [
         RewardPart("em", REWARDS["em"], 1.0, required=True),
         *(RewardPart(name, REWARDS[name], 0.2) for name in ("format", "groundedness", "length", "citation")),
@@ -168,31 +166,15 @@ def test_gaming_loses_against_a_combination_with_citations(attempt: str) -> None
     assert gamed < right
 
 
-def test_no_wrong_answer_comes_near_a_right_one() -> None:
-    parts = default_parts(length_target=8, length_limit=LIMIT)
-    wrong, clumsy_right = weighted_sum(
-        parts, score_parts(parts, **columns(["Answer: Rosflow", GAMING["fill the limit after the answer"]]))
+# Those with a reward that asks a service are left out.
+@pytest.mark.parametrize(
+    "config", [path for path in CONFIGS if weights_of(path).keys() <= REWARDS.keys()], ids=lambda path: path.stem
+)
+def test_no_wrong_answer_comes_near_a_right_one(config: Path) -> None:
+    parts = [RewardPart(name, REWARDS[name], weight) for name, weight in weights_of(config).items()]
+    texts = [SHORT_RIGHT, GAMING["fill the limit after the answer"], "Answer: Rosflow [2]"]
+    right, clumsy, wrong = weighted_sum(parts, score_parts(parts, **columns(texts)))
+    assert right == pytest.approx(sum(weights_of(config).values()))
+    assert right > clumsy >= 2 * wrong > 0, (
+        "the wrong answer is well formed, short and quoted; the clumsy one is right"
     )
-    clumsy = weighted_sum(parts, score_parts(parts, **columns(["Answer: Mirabrook\n" + FILLER * 20])))[0]
-    assert wrong is not None
-    assert clumsy is not None
-    assert wrong == pytest.approx(0.5)
-    assert clumsy == pytest.approx(1.2)
-    assert clumsy_right is not None  # cites on the answer line, which the default does not read past
-    assert clumsy_right < clumsy
-
-
-@pytest.mark.parametrize(("unanswerable", "expected"), [("keep", 1.5), ("drop", None), ("abstain", 0.5)])
-def test_default_parts_pass_their_options_on(unanswerable: Unanswerable, expected: float | None) -> None:
-    parts = default_parts(answer_marker="####", length_target=8, length_limit=LIMIT, unanswerable=unanswerable)
-    assert [(part.name, part.weight, part.required) for part in parts] == [
-        ("em", 1.0, True),
-        ("format", 0.2, False),
-        ("groundedness", 0.2, False),
-        ("length", 0.1, False),
-    ]
-    # Gold documents name a passage that was not shown, although the answer's word happens to stand in the texts.
-    away = {"gold_doc_ids": [["d9"]], "passage_ids": [["d1", "d2", "d3"]]}
-    total = weighted_sum(parts, score_parts(parts, **columns(["#### Mirabrook"]), **away))[0]
-    assert total == (None if expected is None else pytest.approx(expected))
-    assert combine(parts).__name__ == "reward"

@@ -2,10 +2,10 @@
 
     taskset -c 1 python benchmarks/plackett_luce.py [--quick] [--pairs 15] [--threads 1] [--rows 384] [--device cpu]
 
-Rows of the table: the median of ours over theirs, over interleaved pairs (ours, theirs, theirs, ours, ...), an interval
-of that median (bootstrap over pairs, 95%) and the bound. A bound holds where the lower end of the interval is within
-it. One side of a pair is as many calls as take it about 20 ms. One thread is timed by the processor's clock, so that
-what else runs on the machine counts less; several threads and a GPU by the wall's.
+Rows of the table: the median of ours over theirs, over interleaved pairs (ours, theirs, theirs, ours, ...), an
+interval of that median (bootstrap over pairs, 95%) and the bound. A bound holds where the lower end of the interval is
+within it. One side of a pair is as many calls as take it about 20 ms. One thread is timed by the processor's clock, so
+that what else runs on the machine counts less; several threads and a GPU by the wall's.
 
 - floor: one ``logsumexp`` over the same pool, which reads all scores and writes all gradients, and does no picks.
 - loop: a ``logsumexp`` a pick, then the picked candidate is set to -inf; plain autograd.
@@ -150,12 +150,12 @@ def listwise(given: argparse.Namespace) -> bool:
     queries, own = (32, 4) if given.quick else (128, 16)
     scores = 5 * torch.randn(queries, queries * own, generator=torch.Generator().manual_seed(0))
     order = torch.arange(queries * own).view(queries, own)
-    sides = [
+    ours, theirs = (
         both_ways(form, scores.to(given.device), order.to(given.device), torch.ones((), device=given.device))
         for form in (listwise_loss, cross_entropies)
-    ]
-    torch.testing.assert_close(sides[0](), sides[1](), rtol=1e-4, atol=1e-4)
-    return compare(f"listwise ({queries} x {queries * own}, {own})  ours / loop", *sides, 1.0, given)
+    )
+    torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-4)
+    return compare(f"listwise ({queries} x {queries * own}, {own})  ours / loop", ours, theirs, 1.0, given)
 
 
 def kept_bytes(form: Form, rows: int, pool: int, k: int) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from rag_rl.config.arguments import DataArguments, GeneratorArguments, RetrieverArguments, RewardArguments
-from rag_rl.errors import ConfigError, RunFolderError
+from rag_rl.errors import BackendError, ConfigError, RunFolderError
 from rag_rl.text import normalize_answer
 from rag_rl.types import Hit, Question
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rag_rl.evaluation.assembly import Answered, Assembly
 
 T = TypeVar("T")
-NEEDS_GOLD = frozenset({"em", "f1", "contains_em", "citation", "constant"})
+NEEDS_GOLD = frozenset({"em", "f1", "contains_em", "citation", "judged", "constant"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class Answerer:
 
         Raises:
             ConfigError: the question is empty, or ``best_of`` below 1.
+            BackendError: the generator gave no answer.
         """
         if not question.strip():
             raise ConfigError("the question is empty")
@@ -86,9 +87,13 @@ class Answerer:
             raise ConfigError(f"best_of must be at least 1, got {best_of}")
         asked = [Question("asked", question.strip(), ("",))]
         if best_of == 1:
-            return _reply(self.assembly.answer(asked)[0][0], {})
-        candidates = self.assembly.answer(asked, temperature=1.0, n=best_of, seed=seed)[0]
-        return self._best(candidates)
+            drawn = self.assembly.answer(asked)[0]
+        else:
+            drawn = self.assembly.answer(asked, temperature=1.0, n=best_of, seed=seed)[0]
+        candidates = [one for one in drawn if one.failure is None]
+        if not candidates:
+            raise BackendError(str(drawn[0].failure))
+        return _reply(candidates[0], {}) if best_of == 1 else self._best(candidates)
 
     def _best(self, candidates: list[Answered]) -> Reply:
         same = Counter(normalize_answer(c.answer or "") for c in candidates)
@@ -207,10 +212,10 @@ def _gold_free_rewards(
     """The run's rewards that can score an answer to a new question, with their weights."""
     from types import SimpleNamespace
 
-    from rag_rl.config.parts import build_rewards
+    from rag_rl.config.parts import build_rewards, default_weights
 
     names = settings["reward_names"]
-    weights = settings.get("reward_weights") or [1.0] * len(names)
+    weights = settings.get("reward_weights") or default_weights(names)
     kept = {
         name: weight for name, weight in zip(names, weights, strict=True) if name not in NEEDS_GOLD and ":" not in name
     }

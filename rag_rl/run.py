@@ -8,6 +8,7 @@ calls ``start_data_run``. ``launch`` turns errors that are the user's into one l
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -26,8 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rag_rl.config.parsing import config_difference, config_source, one_line_errors, parse, resolved
-from rag_rl.errors import BackendError, ConfigError, RunFolderError, UserError
+from rag_rl.config.arguments import JudgeArguments
+from rag_rl.config.parsing import (
+    config_difference,
+    config_source,
+    one_line_errors,
+    parse,
+    resolved,
+    without_secrets,
+)
+from rag_rl.errors import BackendError, ConfigError, RagRLError, RunFolderError, UserError
 
 if TYPE_CHECKING:
     from rag_rl.evaluation.scoring import Evaluable, Evaluation, Part, Row
@@ -45,7 +54,9 @@ RUNTIME_KEYS = frozenset(
         "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "local_rank", "deepspeed",
         "use_cpu", "push_to_hub", "num_completions_to_print", "report_examples", "generator_eval_batch_size",
         "retriever_batch_size", "retriever_devices", "retriever_index_path", "project", "trackio_space_id",
-        "hub_model_id",
+        "hub_model_id", "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s",
+        "judge_max_retries", "judge_max_calls", "judge_max_usd", "judge_usd_per_million_prompt_tokens",
+        "judge_usd_per_million_completion_tokens", "judge_cache", "judge_log",
     }
 )  # fmt: skip
 # What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.
@@ -122,13 +133,29 @@ class Run:
     def train(self, trainer: Any) -> None:
         """Trains, from where the run stopped; a run that stopped after its last step is only loaded.
 
+        After an error of ours (a judge that is gone, a budget that is used up) the last finished step is kept as a
+        checkpoint. The run that goes on from there draws what this one drew, so that verdicts which were paid for are
+        found in the judge's cache.
+
         Args:
             trainer: made with this run's ``callbacks``.
+
+        Raises:
+            BackendError: a service or the disk failed.
+            UserError: the trainer met bad input, or a limit that the user had set.
         """
-        try:
-            trainer.train(resume_from_checkpoint=self.checkpoint)
-        except _AllStepsDone:
-            logger.info("all %d steps are done", trainer.state.global_step)
+        last_step = _last_step()
+        trainer.add_callback(last_step)
+        met_by_all = _fail_together(trainer)
+        with _can_go_on():
+            try:
+                trainer.train(resume_from_checkpoint=self.checkpoint)
+            except _AllStepsDone:
+                logger.info("all %d steps are done", trainer.state.global_step)
+            except RagRLError:
+                if met_by_all():  # saving is collective, too
+                    last_step.keep(trainer)
+                raise
 
     def finish(
         self,
@@ -151,11 +178,15 @@ class Run:
             save_merged: whether LoRA weights are merged into the base.
             batch_size: answers a batch.
             examples: questions shown in the report.
+
+        Raises:
+            BackendError: a service or the disk failed.
         """
         save_trained(trainer, self.folder, merged=save_merged)
         asking = assembly.reloaded(self.folder, device=trainer.accelerator.device, batch_size=batch_size)
         started = time.time()
-        found = evaluate_sharded(asking, questions, rewards=rewards)
+        with _can_go_on():
+            found = evaluate_sharded(asking, questions, rewards=rewards)
         seconds = time.time() - started
         with main_process_only() as main:
             if main:
@@ -207,6 +238,7 @@ class Run:
             after_rows=new,
             log_history=log_history,
             config=self.settings,
+            sections=self._agreement(old, new),
             command=command_line(),
             n_examples=examples,
         )
@@ -222,6 +254,19 @@ class Run:
         _write(self.folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
         print(results_table(summary, self.folder))  # noqa: T201 - what the user waited for
         return summary
+
+    def _agreement(self, before: Sequence[Row], after: Sequence[Row]) -> list[str]:
+        """The report's section on the judge; none in a run without one."""
+        from rag_rl.config.parts import describe_judge
+        from rag_rl.evaluation.agreement import agreement_section, agreement_with_em
+
+        judge = next((args for args in self.arguments if isinstance(args, JudgeArguments) and args.judge_name), None)
+        if judge is None:
+            return []
+        name, pass_mark = describe_judge(judge)
+        compared = agreement_with_em({"before training": before, "after training": after}, pass_mark=pass_mark)
+        note = "These are the answers to the held-out questions; where none was given, nobody was asked."
+        return [agreement_section(f"the judge {name}", compared, note=note)] if compared else []
 
     def _store(self, when: str, found: Evaluation, seconds: float, headroom: dict[str, float]) -> None:
         from rag_rl.evaluation.scoring import write_rows
@@ -241,7 +286,7 @@ def launch(main: Callable[[], None]) -> None:
         SystemExit: after such an error.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "chromadb", "sentence_transformers", "faiss", "transformers_modules"):
+    for noisy in ("httpx", "httpx2", "chromadb", "sentence_transformers", "faiss", "transformers_modules"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # TRL's own defaults use the old name (transformers 5.23 renames it).
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -391,19 +436,26 @@ def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: the run folder.
-        settings: of the run; ``generator_prompt`` names one.
+        settings: of the run; ``generator_prompt`` names one, ``judge_rubric`` another.
+
+    Raises:
+        ConfigError: there is no such prompt or rubric.
     """
+    from rag_rl.config.parts import LLM_JUDGES, build_rubric
     from rag_rl.prompts import load_prompt
 
-    name = settings.get("generator_prompt")
-    if not name:
-        return
-    try:
-        text = load_prompt(name)
-    except FileNotFoundError as error:
-        raise ConfigError(f"generator_prompt: {error}") from error
-    (folder / "prompts").mkdir(exist_ok=True)
-    _write(folder / "prompts" / f"{Path(name).stem}.txt", text + "\n")
+    kept = {}
+    if name := settings.get("generator_prompt"):
+        try:
+            kept[Path(name).stem] = load_prompt(name)
+        except FileNotFoundError as error:
+            raise ConfigError(f"generator_prompt: {error}") from error
+    if settings.get("judge_name") in LLM_JUDGES:
+        rubric = build_rubric(JudgeArguments(judge_rubric=settings["judge_rubric"]))
+        kept[f"rubric_{rubric.name}"] = rubric.text
+    for stem, text in kept.items():
+        (folder / "prompts").mkdir(exist_ok=True)
+        _write(folder / "prompts" / f"{stem}.txt", text + "\n")
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str | None:
@@ -506,6 +558,9 @@ def evaluate_sharded(
 def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
     """Saves what was trained in its own ecosystem's format, with its tokenizer: whole weights, or the LoRA adapter.
 
+    Of a sentence encoder the adapter is saved alone only where its base is on the Hub: ``SentenceTransformer(folder)``
+    looks for a base in a folder as seen from where it runs, and would find it nowhere else.
+
     Args:
         trainer: of TRL, or of sentence-transformers.
         folder: where to.
@@ -515,10 +570,14 @@ def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
     if hasattr(model, "transformers_model"):  # of sentence-transformers: it saves its own tokenizer
         with main_process_only() as main:
             if main:
-                if merged and getattr(model.transformers_model, "_hf_peft_config_loaded", False):
-                    merge_adapter(model)
+                if getattr(model.transformers_model, "_hf_peft_config_loaded", False):
+                    bases = [c.base_model_name_or_path or "" for c in model.transformers_model.peft_config.values()]
+                    if not merged and any(Path(base).is_dir() for base in bases):
+                        merged = True
+                        logger.info("the base of the adapter is the folder %s: merged weights are saved", bases[0])
+                    if merged:
+                        merge_adapter(model)
                 model.save_pretrained(str(folder), create_model_card=False)
-                make_base_relative(folder)
         return
     trainer.processing_class.save_pretrained(folder)
     if not (merged and hasattr(model, "merge_and_unload")):
@@ -628,11 +687,11 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that started this process, with the recipe's path relative to the current folder."""
+    """The command that started this process, without secrets, the recipe's path relative to the current folder."""
     program = Path(sys.argv[0])
     if program.is_absolute():
         program = Path(os.path.relpath(program))
-    return shlex.join(["accelerate", "launch", str(program), *sys.argv[1:]])
+    return shlex.join(["accelerate", "launch", str(program), *without_secrets(sys.argv[1:])])
 
 
 def peak_memory() -> int:
@@ -684,6 +743,89 @@ def _clock(path: Path) -> Any:
         on_train_end = on_save
 
     return Clock()
+
+
+@contextmanager
+def _can_go_on() -> Iterator[None]:
+    """Adds to the error of a failed service how the run goes on."""
+    try:
+        yield
+    except BackendError as error:
+        raise BackendError(f"{error}; go on with --resume_from_checkpoint true") from error
+
+
+def _last_step() -> Any:
+    import random
+
+    import numpy as np
+    import torch
+    from transformers import TrainerCallback
+
+    class LastStep(TrainerCallback):  # type: ignore[misc]
+        """Remembers the random states after each step, and writes the checkpoint of the last one when asked to."""
+
+        step = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.step = state.global_step
+            self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+            self.gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+        def keep(self, trainer: Any) -> None:
+            checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{self.step}"
+            if not self.step or (checkpoint / "trainer_state.json").is_file():
+                return
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
+            torch.set_rng_state(self.torch)
+            if self.gpus:
+                torch.cuda.set_rng_state_all(self.gpus)
+            trainer._save_checkpoint(trainer.model, None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+            logger.info("step %d is kept", self.step)
+
+    return LastStep()
+
+
+def _fail_together(trainer: Any) -> Callable[[], bool]:
+    """Makes a reward that fails in one process fail in all: the others would wait for it until they are killed.
+
+    Args:
+        trainer: of TRL; one without asynchronous rewards is left as it is.
+
+    Returns:
+        Tells whether an error was met by all processes.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    met: list[bool] = [True] if state.num_processes == 1 else []
+
+    def together(reward: Callable[..., Any]) -> Callable[..., Any]:
+        async def wrapped(**columns: Any) -> Any:
+            found, error = None, None
+            try:
+                found = await reward(**columns)
+            except RagRLError as caught:
+                error = caught
+            if state.device.type == "cuda":  # this is a thread of TRL's, in which the first GPU is the current one
+                torch.cuda.set_device(state.device)
+            told = gather_object([None if error is None else (isinstance(error, UserError), str(error))])
+            first = next((one for one in told if one is not None), None)
+            if first is None:
+                return found
+            met.append(True)
+            raise error or (UserError if first[0] else BackendError)(first[1])
+
+        return wrapped
+
+    if not met:
+        for i, reward in enumerate(getattr(trainer, "reward_funcs", ())):
+            if inspect.iscoroutinefunction(reward):
+                trainer.reward_funcs[i] = together(reward)
+    return lambda: bool(met)
 
 
 def _relative_bases(folder: Path) -> Any:

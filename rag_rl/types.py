@@ -109,9 +109,10 @@ class Generation:
     """One sampled continuation of a prompt.
 
     Attributes:
-        text: the decoded continuation, without the prompt and without stop strings.
+        text: the decoded continuation, without the prompt and without stop strings; after an error, its reason.
         token_ids: its T token ids where the backend tells them (so that nothing is tokenised twice), else None.
-        finish_reason: ``"stop"`` (end token or stop string) or ``"length"`` (ran into the budget).
+        finish_reason: ``"stop"`` (end token or stop string), ``"length"`` (ran into the budget) or ``"error"``: there
+            is no continuation, since this request failed for itself alone. It has no score, which is not 0.
         prompt_tokens: length of the prompt in tokens, 0 where the backend does not tell.
     """
 

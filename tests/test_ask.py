@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from rag_rl.ask import Answerer, Reply, open_run, read_settings
-from rag_rl.errors import ConfigError, DataError, IndexDamagedError, RunFolderError
+from rag_rl.errors import BackendError, ConfigError, DataError, IndexDamagedError, RunFolderError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.generation import ScriptedGenerator
 from rag_rl.retrieval import StaticRetriever
 from rag_rl.tiny import FOLDER
-from rag_rl.types import Passage
+from rag_rl.types import Generation, Passage
 
 QUESTIONS = [json.loads(line) for line in (FOLDER / "data" / "heldout_1hop.jsonl").read_text().splitlines()[:20]]
 
@@ -93,6 +93,38 @@ def test_best_by_agreement_where_no_reward_decides():
 def test_an_answer_beats_none():
     reply = scripted(["<think>hm", "<think>hm", "Answer: Mira"]).ask("Who?", best_of=3)
     assert reply.answer == "Mira"
+
+
+class Failing:
+    """Every second sample fails, or all do."""
+
+    def __init__(self, every=2):
+        self.every = every
+
+    def generate(self, prompts, *, n=1, **_):
+        failed, good = Generation("http://x: HTTP 400", finish_reason="error"), Generation("Answer: Mira")
+        return [[failed if i % self.every == 0 else good for i in range(n)] for _ in prompts]
+
+
+def test_rewards_that_can_score_a_new_question():
+    from rag_rl.ask import _gold_free_rewards
+    from rag_rl.config.arguments import GeneratorArguments
+
+    settings = {"reward_names": ["f1", "judged", "format", "groundedness"], "max_completion_length": 32}
+    judge, weights = _gold_free_rewards(settings, GeneratorArguments())
+    assert weights == {"format": 0.2, "groundedness": 1.0}, "a judge would have to be asked, and paid"
+    assert set(judge(completions=["Answer: Mira"], passages=[["Mira."]], answers=[[""]])) == set(weights)
+
+
+def test_what_failed_is_no_candidate():
+    rag = scripted([])
+    rag.assembly = rag.assembly.with_generator(Failing())
+    reply = rag.ask("Who?", best_of=4)
+    assert (reply.answer, reply.scores) == ("Mira", {"agreement": 1.0})
+    for best_of, every in ((1, 2), (3, 1)):
+        rag.assembly = rag.assembly.with_generator(Failing(every))
+        with pytest.raises(BackendError, match="http://x: HTTP 400"):
+            rag.ask("Who?", best_of=best_of)
 
 
 @pytest.mark.parametrize("question", ["", "   ", "\n"])

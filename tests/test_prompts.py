@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from string import Template
-
 import pytest
 
-from rag_rl.prompts import load_prompt, prompt_names, render, render_passages, require_placeholders
+from rag_rl.prompts import load_prompt, placeholders, prompt_names, render, render_passages, require_placeholders
 from rag_rl.types import Passage
 
 NEEDED = {
     "answer": {"passages", "question"},
     "answer_cited": {"passages", "question"},
     "answer_closed_book": {"question"},
+    "judge_accuracy": {"code", "question", "gold", "answer"},
+    "judge_answer_correctness": {"code", "question", "gold", "answer"},
+    "judge_comparison": {"code", "question", "gold", "answers"},
+    "judge_consistency": {"code", "question", "passages", "answer"},
+    "judge_document_relevance": {"code", "question", "analysis", "query", "passages", "pass_mark"},
+    "judge_query_rationality": {"code", "question", "history", "analysis", "query", "pass_mark"},
+    "judge_reasoning_coherence": {"code", "question", "history", "analysis", "pass_mark"},
+    "judge_style": {"code", "question", "answer"},
+    "react_answer": {"question", "history"},
+    "react_observe": {"query", "passages"},
+    "react_query": {"question", "history"},
+    "state": {"question", "history", "query"},
     "tiny_answer": {"passages", "question"},
     "tiny_closed_book": {"question"},
     "tiny_judge": {"question", "gold", "answer"},
@@ -33,16 +43,15 @@ def prompt(tmp_path):
 
 def test_packaged_prompts_are_listed():
     assert prompt_names() == sorted(prompt_names())
-    assert set(NEEDED) <= set(prompt_names())
+    assert set(NEEDED) == set(prompt_names())
 
 
 @pytest.mark.parametrize("name", prompt_names())
 def test_packaged_prompts_can_be_filled(name):
-    placeholders = set(Template(load_prompt(name)).get_identifiers())
-    assert placeholders == NEEDED.get(name, placeholders)
-    filled = render(name, **{placeholder: f"<{placeholder}>" for placeholder in placeholders})
-    for placeholder in placeholders:
-        assert f"<{placeholder}>" in filled
+    assert set(placeholders(load_prompt(name))) == NEEDED[name]
+    filled = render(name, **{field: f"<{field}>" for field in NEEDED[name]})
+    for field in NEEDED[name]:
+        assert f"<{field}>" in filled
     assert "$" not in filled
     assert filled == filled.rstrip("\n")
 
@@ -91,6 +100,19 @@ def test_a_placeholder_without_a_field(prompt):
 def test_a_stray_dollar(prompt, text):
     with pytest.raises(ValueError, match=r"write \$\$ for a dollar sign"):
         render(prompt(text), question="a")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nothing", []),
+        ("$b and ${a}, then $b again", ["b", "a"]),
+        ("$$a costs $5 {c} $", []),
+        ("$_a1.$B", ["_a1", "B"]),
+    ],
+)
+def test_placeholders_in_their_order(text, expected):
+    assert placeholders(text) == expected
 
 
 def test_missing_placeholders_are_all_named(prompt):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -13,10 +14,13 @@ import pytest
 import yaml
 
 from rag_rl import run as runs
+from rag_rl.config.arguments import JudgeArguments
 from rag_rl.errors import BackendError, ConfigError, DataError, RunFolderError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.evaluation.scoring import evaluate
 from rag_rl.generation import ScriptedGenerator
+from rag_rl.judges import BudgetExceededError
+from rag_rl.prompts import load_prompt
 from rag_rl.retrieval import StaticRetriever
 from rag_rl.run import (
     disk_trouble,
@@ -158,6 +162,23 @@ def test_what_does_not_change_a_run(tmp_path):
     assert open_folder(folder, SETTINGS, resume=True) is None
 
 
+def test_what_of_a_judge_may_change(tmp_path):
+    judge = JudgeArguments(judge_name="openai", judge_model="m")
+    settings = {**SETTINGS, **dataclasses.asdict(judge)}
+    folder = make_run(tmp_path / "run", **dataclasses.asdict(judge))
+    more = {
+        "judge_max_calls": 500,
+        "judge_max_usd": 2.0,
+        "judge_base_url": "http://elsewhere/v1",
+        "judge_timeout_s": 9.0,
+    }
+    assert open_folder(folder, {**settings, **more}, resume=True) is None
+    with pytest.raises(RunFolderError, match="judge_rubric: answer_correctness -> style"):
+        open_folder(folder, {**settings, "judge_rubric": "style"}, resume=True)
+    ours = {key for key in runs.RUNTIME_KEYS if key.startswith("judge_")}
+    assert ours < {field.name for field in dataclasses.fields(JudgeArguments)}
+
+
 def test_unfinished_run_names_the_flag(tmp_path):
     folder = make_run(tmp_path / "run")
     with pytest.raises(RunFolderError, match="unfinished: go on with --resume_from_checkpoint true, or give another"):
@@ -259,6 +280,16 @@ def test_prompts_are_kept(tmp_path):
     keep_prompts(tmp_path / "nowhere", {})
     with pytest.raises(ConfigError, match="generator_prompt: "):
         keep_prompts(tmp_path, {"generator_prompt": "no_such_prompt"})
+
+
+@pytest.mark.parametrize("rubric", ["style", "comparison"])
+def test_rubrics_are_kept(tmp_path, rubric):
+    keep_prompts(tmp_path, {"judge_name": "oracle", "judge_rubric": rubric})
+    assert not (tmp_path / "prompts").exists(), "nobody reads it"
+    keep_prompts(tmp_path, {"judge_name": "openai", "judge_rubric": rubric})
+    assert (tmp_path / "prompts" / f"rubric_{rubric}.txt").read_text() == f"{load_prompt(f'judge_{rubric}')}\n"
+    with pytest.raises(ConfigError, match="'no such rubric' is neither one of"):
+        keep_prompts(tmp_path, {"judge_name": "local", "judge_rubric": "no such rubric"})
 
 
 # ---- measuring, saving, showing
@@ -391,12 +422,90 @@ def test_a_run_without_steps_left_is_only_loaded(tmp_path):
     class Trainer:
         state = SimpleNamespace(global_step=10, max_steps=10, is_world_process_zero=True)
 
+        def add_callback(self, callback):
+            """What remembers the random states has nothing to do here."""
+
         def train(self, resume_from_checkpoint):
             assert resume_from_checkpoint == "checkpoint-10"
             run.callbacks[0].on_train_begin(None, self.state, None)
             raise AssertionError("a step too many")
 
     run.train(Trainer())
+
+
+def failing_trainer(folder: Path, *, steps: int, fail_at: int | None, error: Exception, drawn: list[float]):
+    """A trainer that draws a random number a step; the step ``fail_at`` (from 0) fails after its draw."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    class Failing(Trainer):
+        def training_step(self, *args, **kwargs):
+            drawn.append(torch.rand(1).item())
+            if self.state.global_step == fail_at:
+                raise error
+            return super().training_step(*args, **kwargs)
+
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return {"loss": ((x * self.weight - 1) ** 2).mean()}
+
+    settings = {"max_steps": steps, "save_steps": 50, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
+    return Failing(
+        Line(),
+        TrainingArguments(str(folder), per_device_train_batch_size=2, disable_tqdm=True, **settings),
+        train_dataset=[{"x": torch.tensor([float(i)])} for i in range(40)],
+        data_collator=lambda rows: {"x": torch.stack([row["x"] for row in rows])},
+        callbacks=runs.Run(folder, "r", "c", 1, None, {}, ()).callbacks,
+    )
+
+
+def test_after_an_error_of_ours_the_last_step_is_kept(tmp_path):
+    """The run that goes on draws what an uninterrupted one draws, the step that failed included."""
+    import torch
+
+    whole: list[float] = []
+    torch.manual_seed(3)
+    trainer = failing_trainer(tmp_path / "whole", steps=5, fail_at=None, error=BackendError(""), drawn=whole)
+    runs.Run(tmp_path / "whole", "r", "c", 1, None, {}, ()).train(trainer)
+
+    first: list[float] = []
+    folder = tmp_path / "run"
+    torch.manual_seed(3)
+    trainer = failing_trainer(folder, steps=5, fail_at=3, error=BackendError("http://x is gone"), drawn=first)
+    with pytest.raises(BackendError, match=r"^http://x is gone; go on with --resume_from_checkpoint true$"):
+        runs.Run(folder, "r", "c", 1, None, {}, ()).train(trainer)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((folder / "train_seconds.json").read_text())["train_seconds"] > 0
+    assert first == whole[:4]
+
+    second: list[float] = []
+    spent = BudgetExceededError("the budget is used up")
+    trainer = failing_trainer(folder, steps=5, fail_at=3, error=spent, drawn=second)
+    with pytest.raises(BudgetExceededError, match=r"^the budget is used up$"):
+        runs.Run(folder, "r", "c", 1, last_checkpoint(folder), {}, ()).train(trainer)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"], "nothing was done since"
+    assert second == whole[3:4], "what was paid for is asked for again"
+
+    third: list[float] = []
+    trainer = failing_trainer(folder, steps=5, fail_at=None, error=spent, drawn=third)
+    runs.Run(folder, "r", "c", 1, last_checkpoint(folder), {}, ()).train(trainer)
+    assert third == whole[3:]
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [1, 2, 3, 4, 5]
+
+
+def test_an_error_before_the_first_step_leaves_no_checkpoint_and_a_bug_none_at_all(tmp_path):
+    trainer = failing_trainer(tmp_path, steps=5, fail_at=0, error=BackendError("gone"), drawn=[])
+    with pytest.raises(BackendError, match="gone"):
+        runs.Run(tmp_path, "r", "c", 1, None, {}, ()).train(trainer)
+    trainer = failing_trainer(tmp_path, steps=5, fail_at=2, error=ValueError("a bug"), drawn=[])
+    with pytest.raises(ValueError, match=r"^a bug$"):
+        runs.Run(tmp_path, "r", "c", 1, None, {}, ()).train(trainer)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
@@ -422,6 +531,8 @@ def test_command_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "recipes" / "r.py"), "--config", "my config"])
     assert runs.command_line() == "accelerate launch recipes/r.py --config 'my config'"
+    monkeypatch.setattr(sys, "argv", ["r.py", "--hub_token", "hf_secret", "--judge_base_url", "http://me:pw@host/v1"])
+    assert runs.command_line() == "accelerate launch r.py --hub_token ... --judge_base_url http://host/v1"
 
 
 def test_peak_memory():

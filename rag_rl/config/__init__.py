@@ -9,6 +9,15 @@ from rag_rl.config.parsing import (
     parse,
     read_arguments,
     resolved,
+    without_secrets,
 )
 
-__all__ = ["config_difference", "config_source", "one_line_errors", "parse", "read_arguments", "resolved"]
+__all__ = [
+    "config_difference",
+    "config_source",
+    "one_line_errors",
+    "parse",
+    "read_arguments",
+    "resolved",
+    "without_secrets",
+]

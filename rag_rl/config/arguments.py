@@ -6,7 +6,7 @@ Each is prefixed by its part, because TRL's own configs already own short names 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rag_rl.errors import ConfigError
 
@@ -122,13 +122,13 @@ class GeneratorArguments:
 
 @dataclass
 class RewardArguments:
-    """What is rewarded. TRL's own ``reward_weights`` gives one weight a name."""
+    """What is rewarded. TRL's ``reward_weights`` gives one weight a name; by default format weighs 0.2, the rest 1."""
 
     reward_names: list[str] = field(
         default_factory=lambda: ["f1", "format"],
         metadata={
-            "help": "em, f1, contains_em, format, length, groundedness, citation, reward_model, constant, or "
-            "package.module:attribute"
+            "help": "em, f1, contains_em, format, length, groundedness, citation, judged (by judge_name), "
+            "reward_model, constant, or package.module:attribute"
         },
     )
     reward_required: list[str] = field(
@@ -140,6 +140,111 @@ class RewardArguments:
         metadata={"help": "questions whose gold passage was not retrieved: keep, drop, or reward abstaining"},
     )
     reward_model: str | None = field(default=None, metadata={"help": "reward_model: a sequence-classification model"})
+    reward_model_template: list[str] = field(
+        default_factory=lambda: ["$question", "$answer"],
+        metadata={
+            "help": "reward_model: the pair of texts that it reads, or one text; with $question, $answer, $passages"
+        },
+    )
+    reward_model_label: int | None = field(
+        default=None, metadata={"help": "reward_model: which output of a model with several, from 0"}
+    )
+    reward_model_max_length: int = field(
+        default=512, metadata={"help": "reward_model: tokens that it reads, both texts together; more are cut"}
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.reward_model_template) not in (1, 2):
+            raise ConfigError(f"reward_model_template must be one text or two, got {len(self.reward_model_template)}")
+
+
+@dataclass
+class JudgeArguments:
+    """Who judges answers: the held-out ones before and after training and, with the reward judged, all others."""
+
+    judge_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "openai (any endpoint of that protocol, see judge_base_url), gemini, local (a model in this "
+            "process), reward_model, oracle (the tiny world's), or package.module:attribute; by default none"
+        },
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "openai, gemini: the endpoint's name of it; local, reward_model: Hub id or folder"},
+    )
+    judge_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "openai, gemini: another endpoint, as http://host:port/v1; default OPENAI_BASE_URL or their own"
+        },
+    )
+    judge_api_key_env: str | None = field(
+        default=None,
+        metadata={
+            "help": "environment variable with the key; default OPENAI_API_KEY, for gemini GOOGLE_API_KEY; none is "
+            "needed on this machine"
+        },
+    )
+    judge_rubric: str = field(
+        default="answer_correctness",
+        metadata={"help": "what is asked: a packaged rubric (docs/adapters.md lists them), or a prompt file's path"},
+    )
+    judge_scale: list[float] = field(
+        default_factory=list,
+        metadata={"help": "lowest and highest score that the prompt asks for; default the rubric's"},
+    )
+    judge_graded: bool | None = field(
+        default=None, metadata={"help": "whether scores between the two count; default the rubric's"}
+    )
+    judge_pass_mark: float | None = field(
+        default=None, metadata={"help": "score in [0, 1] from which on an answer passes; default the rubric's, or 0.5"}
+    )
+    judge_temperature: float | None = field(
+        default=0.0, metadata={"help": "of the replies; null leaves it to the endpoint, for models that take no other"}
+    )
+    judge_max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "budget of a reply, its reasoning included; default openai 1024, gemini 8192, local 256"},
+    )
+    judge_extra_body: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": 'openai, gemini: more fields of each request, {"reasoning_effort": "low"}'},
+    )
+    judge_concurrency: int = field(
+        default=32, metadata={"help": "questions to the judge at a time, in each process; local: prompts a batch"}
+    )
+    judge_timeout_s: float = field(default=60.0, metadata={"help": "patience for one request, in seconds"})
+    judge_max_retries: int = field(
+        default=5, metadata={"help": "repeats of a request after 429, 5xx, a lost connection or a time-out"}
+    )
+    judge_max_calls: int | None = field(
+        default=None, metadata={"help": "requests that a run may make, over all its processes and continuations"}
+    )
+    judge_max_usd: float | None = field(
+        default=None, metadata={"help": "US dollars that a run may cost, by the two prices below"}
+    )
+    judge_usd_per_million_prompt_tokens: float = field(
+        default=0.0, metadata={"help": "price of what the judge reads, for judge_max_usd"}
+    )
+    judge_usd_per_million_completion_tokens: float = field(
+        default=0.0, metadata={"help": "price of what the judge writes, its reasoning included, for judge_max_usd"}
+    )
+    judge_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of verdicts that need not be asked for again; default under RAG_RL_CACHE or ~/.cache"
+        },
+    )
+    judge_log: str | None = field(
+        default=None, metadata={"help": "JSONL file of all verdicts; default verdicts.jsonl in the run folder"}
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.judge_scale) not in (0, 2):
+            raise ConfigError(f"judge_scale must be the lowest and the highest score, got {self.judge_scale}")
+        if self.judge_pass_mark is not None and not 0.0 <= self.judge_pass_mark <= 1.0:
+            raise ConfigError(f"judge_pass_mark must lie in [0, 1], got {self.judge_pass_mark}")
 
 
 @dataclass

@@ -728,6 +728,31 @@ def resolved(instances: Iterable[Any]) -> dict[str, Any]:
     }
 
 
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Takes what ``resolved`` leaves out, out of a command line.
+
+    Args:
+        words: as in ``sys.argv``.
+
+    Returns:
+        The words; the values of flags that hold a secret are ``...``, and addresses lack their credentials.
+
+    Example:
+        >>> without_secrets(["--hub_token", "hf_1", "--judge_base_url=https://me:pw@host/v1", "--seed", "7"])
+        ['--hub_token', '...', '--judge_base_url=https://host/v1', '--seed', '7']
+    """
+    shown: list[str] = []
+    secret = False
+    for word in words:
+        if not word.startswith("--"):
+            shown.append("..." if secret else _storable(word))
+            continue
+        flag, equals, value = word.partition("=")
+        secret = _is_secret(flag.lstrip("-"))
+        shown.append(f"{flag}={'...' if secret else _storable(value)}" if equals else flag)
+    return shown
+
+
 def config_difference(
     before: Mapping[str, Any], after: Mapping[str, Any], *, ignore: Collection[str] = ()
 ) -> list[str]:

@@ -18,15 +18,21 @@ from typing import Any, cast
 from rag_rl.config.arguments import (
     DataArguments,
     GeneratorArguments,
+    JudgeArguments,
     QueryEncoderArguments,
     ReaderArguments,
     RetrieverArguments,
     RewardArguments,
 )
 from rag_rl.errors import ConfigError, DataError
-from rag_rl.types import Passage, Prompt, Question, Retriever
+from rag_rl.types import Judge, Passage, Prompt, Question, Retriever
 
 logger = logging.getLogger(__name__)
+
+LLM_JUDGES = ("openai", "gemini", "local")
+"""Judges that are asked by the prompt of a rubric."""
+# Read in one go while looking for gold documents: few calls, and little of a large corpus in memory.
+_PASSAGES_AT_ONCE = 4096
 
 
 def expand(text: str) -> str:
@@ -202,16 +208,11 @@ def index_folder(args: RetrieverArguments, data: DataArguments, encoder: Any) ->
     """
     if args.retriever_index_path:
         return Path(expand(args.retriever_index_path))
-    cache = Path(os.environ.get("RAG_RL_CACHE") or Path.home() / ".cache" / "rag-rl")
     corpus = Path(expand(data.data_corpus))
-    stamp = []
-    if corpus.exists():
-        files = sorted(p for p in corpus.rglob("*") if p.is_file()) if corpus.is_dir() else [corpus]
-        stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = repr(
         (
             str(corpus.absolute()),
-            stamp,
+            _stamp(corpus),
             data.data_text_columns,
             data.data_title_column,
             data.data_id_column,
@@ -222,7 +223,19 @@ def index_folder(args: RetrieverArguments, data: DataArguments, encoder: Any) ->
             args.retriever_chroma_url,
         )
     )
-    return cache / "indexes" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return _cache_folder() / "indexes" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("RAG_RL_CACHE") or Path.home() / ".cache" / "rag-rl")
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """What changes when a file, or a file in a folder, does."""
+    if not path.exists():
+        return []
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int = 0) -> Retriever | None:
@@ -368,28 +381,39 @@ def build_search(
     """
     from rag_rl.evaluation import SearchAssembly
     from rag_rl.reasoning import Environment, f1_reward, retrieval_reward
+    from rag_rl.reasoning.environment import RETRIEVAL_REWARDS
     from rag_rl.retrieval import HistoryEncoder
 
     if retriever.retriever_name != "dense" or retriever.retriever_shuffled:
         raise ConfigError("training a retriever needs retriever_name dense, not shuffled")
-    index: Any = build_retriever(retriever, data)
-    encoder = build_encoder(retriever)  # the index keeps the one that it was made with
-    make_trainable(encoder, trained)
     reward: Callable[[Any], float | None]
     match reader.reader_reward:
         case "f1":
             reward = f1_reward
         case "constant":
             reward = _constant_reward
+        case name if name in RETRIEVAL_REWARDS:
+            reward = retrieval_reward(name)
         case name if ":" in name:
             reward = import_attribute(name)
         case name:
-            reward = retrieval_reward(name)
+            known = ", ".join(("f1", *RETRIEVAL_REWARDS, "constant"))
+            raise ConfigError(f"reader_reward must be one of {known}, or package.module:attribute, got {name!r}")
     one_hop = reader.reader_name == "none"
     if one_hop and reader.reader_reward == "f1":
         raise ConfigError("reader_name none answers nothing: set reader_reward to ndcg, recall or reciprocal_rank")
+    # What is quickly refused comes before an index that may take hours to build.
+    asking = build_reader(reader)
+    index: Any = build_retriever(retriever, data)
+    encoder = build_encoder(retriever)  # the index keeps the one that it was made with
+    tokens, longest = trained.retriever_state_tokens, encoder.max_length
+    if tokens is not None and (tokens < 1 or (longest is not None and tokens > longest)):
+        raise ConfigError(
+            f"retriever_state_tokens must be between 1 and {longest}, what the encoder takes, got {tokens}"
+        )
+    make_trainable(encoder, trained)
     return SearchAssembly(
-        Environment(build_reader(reader), max_hops=1 if one_hop else reader.reader_max_hops, reward=reward),
+        Environment(asking, max_hops=1 if one_hop else reader.reader_max_hops, reward=reward),
         index,
         HistoryEncoder(encoder, max_tokens=trained.retriever_state_tokens),
         top_k=retriever.retriever_top_k,
@@ -440,7 +464,7 @@ def build_trained_questions(questions: Sequence[Question], search: Any, *, what:
 
     Args:
         questions: to train or evaluate on.
-        search: with the index.
+        search: with the index; where it does not answer, a question without gold documents could not be scored.
         what: what they are for, in the log.
 
     Returns:
@@ -452,11 +476,17 @@ def build_trained_questions(questions: Sequence[Question], search: Any, *, what:
     from rag_rl.reasoning import known_gold
 
     passages = search.retriever.passages
-    kept, lost = known_gold(questions, {passages[row].doc_id for row in range(len(passages))})
+    wanted = {doc_id for question in questions for doc_id in question.gold_doc_ids}
+    found = {
+        passage.doc_id
+        for start in range(0, len(passages), _PASSAGES_AT_ONCE)
+        for passage in passages[start : start + _PASSAGES_AT_ONCE]
+        if passage.doc_id in wanted
+    }
+    kept, lost = known_gold(questions, found, required=not search.answers)
     if lost:
-        logger.warning(
-            "%d of %d %s questions are left out: the corpus lacks their gold documents", lost, len(questions), what
-        )
+        why = "the corpus lacks their gold documents" + ("" if search.answers else ", or they name none")
+        logger.warning("%d of %d %s questions are left out: %s", lost, len(questions), what, why)
     return kept
 
 
@@ -562,25 +592,30 @@ class Rewards:
     score: Callable[..., dict[str, list[float | None]]]
 
 
-def build_rewards(args: RewardArguments, generator: GeneratorArguments, training: Any) -> Rewards:
+def build_rewards(
+    args: RewardArguments, generator: GeneratorArguments, training: Any, judge: Judge | None = None
+) -> Rewards:
     """Builds the rewards by name and combines them into one function.
 
-    TRL's ``reward_weights`` holds one weight a name; it is taken over here (and cleared): TRL sees one function.
+    TRL's ``reward_weights`` holds one weight a name; it is taken over here (and cleared): TRL sees one function. What
+    a judge says of the held-out answers is reported whether or not it is rewarded; a judge that ranks the answers of a
+    group has nothing to say of a single one.
 
     Args:
         args: which rewards.
         generator: how an answer is found in a completion.
         training: TRL's config.
+        judge: of the reward ``judged``.
 
     Returns:
         The combined reward and its parts.
 
     Raises:
-        ConfigError: an unknown name, or weights that do not match the names.
+        ConfigError: an unknown name, weights that do not match the names, or ``judged`` without a judge.
     """
-    from rag_rl.rewards import RewardPart, combine, score_parts
+    from rag_rl.rewards import RewardPart, combine, judged_reward, score_parts
 
-    weights = training.reward_weights or [1.0] * len(args.reward_names)
+    weights = training.reward_weights or default_weights(args.reward_names)
     if len(weights) != len(args.reward_names):
         raise ConfigError(
             f"reward_weights has {len(weights)} values for {len(args.reward_names)} reward_names: {args.reward_names}"
@@ -592,20 +627,200 @@ def build_rewards(args: RewardArguments, generator: GeneratorArguments, training
     parts = [
         RewardPart(
             name=name,
-            function=_reward(name, args, generator, training),
+            function=_reward(name, args, generator, training, judge),
             weight=weight,
             required=name in args.reward_required,
         )
         for name, weight in zip(args.reward_names, weights, strict=True)
     ]
+    combined = combine(parts)
+    if _ranks(judge):
+        parts = [part for part in parts if part.name != "judged"]
+    elif judge is not None and "judged" not in args.reward_names:
+        parts.append(RewardPart("judged", judged_reward(judge, answer_marker=generator.generator_answer_marker)))
 
     def score(**columns: Any) -> dict[str, list[float | None]]:
-        return score_parts(parts, **columns)
+        return score_parts(parts, **columns) if parts else {}
 
-    return Rewards(combine(parts), score)
+    return Rewards(combined, score)
 
 
-def _reward(name: str, args: RewardArguments, generator: GeneratorArguments, training: Any) -> Any:
+def default_weights(names: Sequence[str]) -> list[float]:
+    """What rewards weigh where the user does not say.
+
+    Args:
+        names: of the rewards.
+
+    Returns:
+        One weight a name. The form weighs little: a wrong answer in good form must not come near a right one in bad.
+
+    Example:
+        >>> default_weights(["f1", "format"])
+        [1.0, 0.2]
+    """
+    return [0.2 if name == "format" else 1.0 for name in names]
+
+
+def build_judge(args: JudgeArguments, folder: Path | None = None) -> Judge | None:
+    """Builds the judge by name.
+
+    Args:
+        args: which one, what it is asked, and what it may cost.
+        folder: of the run, for the log of verdicts and the account of what was spent; None keeps neither.
+
+    Returns:
+        A judge, or None where none is named.
+
+    Raises:
+        ConfigError: an unknown name, a model, a rubric or a key that is missing, or a value out of range.
+        DataError: a local model cannot be loaded.
+        BackendError: the cache cannot be opened.
+    """
+    from rag_rl.judges import LLMJudge, RewardModelJudge, VerdictCache, VerdictLog
+
+    match args.judge_name:
+        case None | "":
+            return None
+        case "oracle":
+            from rag_rl.tiny.oracle import OracleJudge
+
+            return OracleJudge(args.judge_rubric)
+        case "reward_model":
+            from rag_rl.rewards import model_reward
+
+            return RewardModelJudge(model_reward(_judge_model(args), answer_marker=""))
+        case name if name in LLM_JUDGES:
+            log = args.judge_log or (folder / "verdicts.jsonl" if folder else None)
+            cache = Path(expand(args.judge_cache)) if args.judge_cache else _cache_folder() / "judges"
+            rubric = build_rubric(args)
+            chat, name = _build_chat(args)
+            return LLMJudge(
+                chat,
+                rubric,
+                name=name,
+                concurrency=args.judge_concurrency,
+                cache=VerdictCache(cache / "verdicts.sqlite"),
+                budget=_build_budget(args, folder),
+                log=None if log is None else VerdictLog(log),
+            )
+        case name if ":" in name:
+            return cast("Judge", import_attribute(name)(args))
+        case name:
+            raise ConfigError(
+                "judge_name must be openai, gemini, local, reward_model, oracle or package.module:attribute, "
+                f"got {name!r}"
+            )
+
+
+def build_rubric(args: JudgeArguments) -> Any:
+    """Loads what the judge is asked.
+
+    Args:
+        args: which rubric, and what of it is changed.
+
+    Returns:
+        A rubric of ``rag_rl.judges``.
+
+    Raises:
+        ConfigError: neither a name nor a file, or settings that do not fit.
+    """
+    from rag_rl.judges import load_rubric
+
+    return load_rubric(
+        expand(args.judge_rubric),
+        scale=(args.judge_scale[0], args.judge_scale[1]) if args.judge_scale else None,
+        graded=args.judge_graded,
+        pass_mark=args.judge_pass_mark,
+    )
+
+
+def describe_judge(args: JudgeArguments) -> tuple[str, float]:
+    """Says who judged, for a report.
+
+    Args:
+        args: of a run with a judge.
+
+    Returns:
+        Its name without a path of this machine, and the score from which on it passes an answer.
+    """
+    name = args.judge_model or args.judge_name or ""
+    name = Path(name).name if name.startswith(("/", "${")) else name
+    if args.judge_name in LLM_JUDGES:
+        rubric = build_rubric(args)
+        return f"{name} (rubric {rubric.name})", getattr(rubric, "pass_mark", 0.5)
+    return name, 0.5 if args.judge_pass_mark is None else args.judge_pass_mark
+
+
+def _ranks(judge: Judge | None) -> bool:
+    from rag_rl.judges import ComparisonRubric
+
+    return isinstance(getattr(judge, "rubric", None), ComparisonRubric)
+
+
+def _judge_model(args: JudgeArguments) -> str:
+    if not args.judge_model:
+        raise ConfigError(f"judge_name {args.judge_name} needs a model: set judge_model")
+    return expand(args.judge_model)
+
+
+def _build_chat(args: JudgeArguments) -> tuple[Any, str | None]:
+    """Where replies come from, and the judge's name in the cache where the chat's own does not tell enough."""
+    from rag_rl.judges import LocalChat, OpenAIChat
+
+    if args.judge_name == "local":
+        from accelerate import PartialState
+
+        from rag_rl.generation import TransformersGenerator
+
+        model = _judge_model(args)
+        generator = TransformersGenerator.from_pretrained(
+            model, device=PartialState().device, batch_size=args.judge_concurrency
+        )
+        chat = LocalChat(
+            generator,
+            model=model,
+            max_new_tokens=256 if args.judge_max_tokens is None else args.judge_max_tokens,
+            temperature=args.judge_temperature or 0.0,
+            max_batch=args.judge_concurrency,
+        )
+        # Another model may come to lie in the same folder.
+        return chat, f"{chat.name} {hashlib.sha256(repr(_stamp(Path(model))).encode()).hexdigest()[:8]}"
+    options: dict[str, Any] = {
+        "timeout_s": args.judge_timeout_s,
+        "max_retries": args.judge_max_retries,
+        "temperature": args.judge_temperature,
+        "extra_body": args.judge_extra_body,
+    }
+    if args.judge_base_url:
+        options["base_url"] = args.judge_base_url
+    if args.judge_api_key_env is not None:
+        options["api_key_env"] = args.judge_api_key_env
+    if "max_completion_tokens" in args.judge_extra_body:  # models that know this name refuse the other
+        options["max_tokens"] = None
+    elif args.judge_max_tokens is not None:
+        options["max_tokens"] = args.judge_max_tokens
+    if args.judge_name == "gemini":
+        return OpenAIChat.gemini(*([args.judge_model] if args.judge_model else []), **options), None
+    return OpenAIChat(_judge_model(args), **options), None
+
+
+def _build_budget(args: JudgeArguments, folder: Path | None) -> Any:
+    from rag_rl.judges import Budget
+
+    if args.judge_max_calls is None and args.judge_max_usd is None:
+        return None
+    return Budget(
+        max_calls=args.judge_max_calls,
+        max_usd=args.judge_max_usd,
+        usd_per_million_prompt_tokens=args.judge_usd_per_million_prompt_tokens,
+        usd_per_million_completion_tokens=args.judge_usd_per_million_completion_tokens,
+        path=folder / "judge_spent.sqlite" if folder else None,
+    )
+
+
+def _reward(
+    name: str, args: RewardArguments, generator: GeneratorArguments, training: Any, judge: Judge | None
+) -> Any:
     from rag_rl import rewards
 
     marker: dict[str, Any] = {"answer_marker": generator.generator_answer_marker}
@@ -635,12 +850,23 @@ def _reward(name: str, args: RewardArguments, generator: GeneratorArguments, tra
         case "reward_model":
             if args.reward_model is None:
                 raise ConfigError("reward_names has reward_model, but reward_model is not set")
-            return rewards.model_reward(expand(args.reward_model), **marker)
+            first, *second = args.reward_model_template
+            return rewards.model_reward(
+                expand(args.reward_model),
+                pair_template=(first, second[0] if second else None),
+                label=args.reward_model_label,
+                max_length=args.reward_model_max_length,
+                **marker,
+            )
+        case "judged":
+            if judge is None:
+                raise ConfigError("reward_names has judged, but judge_name is not set")
+            return rewards.judged_reward(judge, **marker)
         case "constant":
             return rewards.constant()
         case _ if ":" in name:
             return import_attribute(name)
     raise ConfigError(
-        f"reward_names: {name!r} is not one of em, f1, contains_em, format, length, groundedness, citation, "
+        f"reward_names: {name!r} is not one of em, f1, contains_em, format, length, groundedness, citation, judged, "
         "reward_model, constant, and not package.module:attribute"
     )

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_rl.evaluation.agreement import agreement_section, agreement_with_em, judge_agreement
     from rag_rl.evaluation.assembly import Answered, Asked, Assembly
     from rag_rl.evaluation.curves import draw_curves
     from rag_rl.evaluation.report import write_report
@@ -34,10 +35,13 @@ _MODULE_OF = {
     "Assembly": "assembly",
     "Evaluation": "scoring",
     "SearchAssembly": "search",
+    "agreement_section": "agreement",
+    "agreement_with_em": "agreement",
     "confidence_intervals": "scoring",
     "draw_curves": "curves",
     "evaluate": "scoring",
     "evaluate_retrieval": "scoring",
+    "judge_agreement": "agreement",
     "mean_metrics": "scoring",
     "pass_at_k": "sampling",
     "read_rows": "scoring",
@@ -55,10 +59,13 @@ __all__ = [
     "Assembly",
     "Evaluation",
     "SearchAssembly",
+    "agreement_section",
+    "agreement_with_em",
     "confidence_intervals",
     "draw_curves",
     "evaluate",
     "evaluate_retrieval",
+    "judge_agreement",
     "mean_metrics",
     "pass_at_k",
     "read_rows",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rag_rl.errors import DataError
+from rag_rl.evaluation.scoring import Row
 from rag_rl.types import Verdict
 
 Agreement = dict[str, Any]
@@ -75,6 +76,30 @@ def judge_agreement(
         "kappa": kappa,
         "kappa_ci95": None if kappa is None else _kappa_interval(counts),
     }
+
+
+def agreement_with_em(rows: Mapping[str, Sequence[Row]], *, pass_mark: float = 0.5) -> dict[str, Agreement]:
+    """Compares a run's judge with exact match, on the answers of its evaluations.
+
+    Args:
+        rows: evaluated questions by what is said of them ("before training").
+        pass_mark: as in ``judge_agreement``.
+
+    Returns:
+        For ``agreement_section``: one entry an evaluation. Rows without an answer do not count, since nobody was asked
+        about them; an evaluation without judged answers has no entry.
+    """
+    found = {}
+    for when, evaluated in rows.items():
+        judged = [
+            (row["rewards"]["judged"], row["scores"].get("em"))
+            for row in evaluated
+            if "judged" in row["rewards"] and row["answer"] is not None
+        ]
+        if judged:
+            verdicts, em = zip(*judged, strict=True)
+            found[f"exact match, {when}"] = judge_agreement(verdicts, em, pass_mark=pass_mark)
+    return found
 
 
 def cohen_kappa(both_pass: int, judge_only: int, other_only: int, both_fail: int) -> float | None:

@@ -60,6 +60,13 @@ class Answered:
     answer: str | None
     trajectory: Trajectory | None = None
 
+    @property
+    def failure(self) -> str | None:
+        """Why there is nothing to score: a call failed for this question alone; None where all is well."""
+        if self.trajectory is not None:
+            return self.trajectory.failure
+        return self.generation.text or "no reason given" if self.generation.finish_reason == "error" else None
+
 
 class Assembly:
     """Retriever and generator, and how the one's passages are shown to the other.
@@ -205,11 +212,12 @@ class Assembly:
             seed: of the sampling.
 
         Returns:
-            B lists of ``n`` answers.
+            B lists of ``n`` answers; one whose request failed alone has no answer, and a ``failure``.
 
         Raises:
             ConfigError: the assembly has no generator.
             DataError: a question is longer than the prompt's budget.
+            BackendError: the generator's backend is broken.
         """
         if self.generator is None:
             raise ConfigError("this assembly has no generator: it can only prepare prompts")
@@ -218,9 +226,14 @@ class Assembly:
             [a.prompt for a in asked], n=n, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed
         )
         return [
-            [Answered(a, g, extract_answer(g.text, marker=self.answer_marker)) for g in generations]
+            [Answered(a, g, self._answer_in(g)) for g in generations]
             for a, generations in zip(asked, replies, strict=True)
         ]
+
+    def _answer_in(self, generation: Generation) -> str | None:
+        if generation.finish_reason == "error":  # its text is the reason
+            return None
+        return extract_answer(generation.text, marker=self.answer_marker)
 
     def _ask(self, question: Question, hits: tuple[Hit, ...]) -> Asked:
         shown = self._laid_out(question, list(hits))

@@ -24,6 +24,7 @@ METRIC_WORDS = {
     "format": "asked form kept",
     "reasoning_accuracy": "reasoning judged right",
     "judge_accuracy": "answer judged right",
+    "judge_readable": "verdict of the judge could be read",
     "ndcg": "discounted gain of the ranking",
     "recall": "share of gold documents found",
     "success": "a gold document found",
@@ -54,6 +55,7 @@ def write_report(
     log_history: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
     notes: Sequence[str] = (),
+    sections: Sequence[str] = (),
     n_examples: int = 20,
     main_metric: str | None = None,
     command: str | None = None,
@@ -69,6 +71,7 @@ def write_report(
         log_history: of ``trainer_state.json``.
         config: the resolved configuration, without secrets.
         notes: paragraphs for the reader, plain text.
+        sections: more of the report after the curves, as HTML that is already escaped.
         n_examples: how many questions are shown in full.
         main_metric: what the headline is about; by default ``em`` or the closest to it that the run has.
         command: how to make the run again; by default built from the names of recipe and configuration.
@@ -88,6 +91,7 @@ def write_report(
             *(f"<p>{escape(note)}</p>" for note in notes),
             _table(summary, main),
             _curves(log_history),
+            *sections,
             _examples(before_rows, after_rows, main, n_examples),
             _configuration(config),
             _reproduce(summary, command),

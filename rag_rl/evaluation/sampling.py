@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rag_rl.errors import ConfigError, DataError
+from rag_rl.errors import BackendError, ConfigError, DataError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.metrics import exact_match
 from rag_rl.types import Question
@@ -39,7 +39,7 @@ def sample_statistics(
     """Samples answers and tells how much room there is for reinforcement.
 
     A group whose samples are all right or all wrong has no variance, so that GRPO (arXiv 2402.03300, section 4.1)
-    learns nothing from it.
+    learns nothing from it. A question of which a sample failed is left out.
 
     Args:
         assembly: with a generator.
@@ -54,6 +54,7 @@ def sample_statistics(
     Raises:
         ConfigError: ``n`` below 1, ``temperature`` not above 0, or an assembly without a generator.
         DataError: there is no question.
+        BackendError: a sample of every question failed.
     """
     if n < 1:
         raise ConfigError(f"samples a question must be at least 1, got {n}")
@@ -61,12 +62,15 @@ def sample_statistics(
         raise ConfigError(f"temperature must be above 0 to sample, got {temperature}: greedy answers are all alike")
     if not questions:
         raise DataError("there is no question to sample answers for")
+    groups = assembly.answer(questions, temperature=temperature, n=n, seed=seed)
+    failures = [sample.failure for samples in groups for sample in samples if sample.failure is not None]
     correct = [
         [exact_match(sample.answer, question.answers) == 1.0 for sample in samples]
-        for question, samples in zip(
-            questions, assembly.answer(questions, temperature=temperature, n=n, seed=seed), strict=True
-        )
+        for question, samples in zip(questions, groups, strict=True)
+        if all(sample.failure is None for sample in samples)
     ]
+    if not correct:
+        raise BackendError(f"a sample of each of the {len(groups)} questions failed, the first: {failures[0]}")
     return {
         f"pass@{n}": pass_at_k(correct),
         f"mean@{n}": sum(map(sum, correct)) / (n * len(correct)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rag_rl import metrics
-from rag_rl.errors import DataError
+from rag_rl.errors import BackendError, DataError
 from rag_rl.text import has_format
 from rag_rl.types import Hit, Question, Retriever
 
 if TYPE_CHECKING:
     from rag_rl.evaluation.assembly import Answered
+
+logger = logging.getLogger(__name__)
+
+ANSWER_METRICS = ("em", "f1", "contains_em")
+"""What ``answer_scores`` gives."""
 
 Row = dict[str, Any]
 """One evaluated question for JSON: ``qid question answers gold_doc_ids passages reply answer scores rewards``."""
@@ -66,10 +72,13 @@ def evaluate(
 ) -> Evaluation:
     """Answers questions greedily and scores the answers and the retrieval behind them.
 
+    A question for which alone a call failed has no scores (None, which is not 0) and is left out of the means; such
+    questions are counted in the log.
+
     Args:
         assembly: with a generator.
         questions: with answers; gold document ids add the retrieval metrics.
-        rewards: scores the rows also by the run's rewards, for the report.
+        rewards: scores the rows also by the run's rewards, for the report; ``judged`` also gives metrics.
         batch_size: questions a batch.
 
     Returns:
@@ -77,23 +86,34 @@ def evaluate(
 
     Raises:
         DataError: there is no question.
+        BackendError: the backend is broken, or every question failed.
     """
     if not questions:
         raise DataError("there is no question to evaluate on")
     rows: list[Row] = []
+    failures: list[str] = []
     for start in range(0, len(questions), batch_size):
         answered = [a for (a,) in assembly.answer(questions[start : start + batch_size])]
         batch = [assembly.row(a) for a in answered]
-        if rewards is not None:
+        failures += [a.failure for a in answered if a.failure is not None]
+        sound = [(a, row) for a, row in zip(answered, batch, strict=True) if a.failure is None]
+        if rewards is not None and sound:
             named = rewards(
-                completions=[row["reply"] for row in batch],
-                prompts=[a.asked.prompt for a in answered],
-                completion_ids=[list(a.generation.token_ids or ()) for a in answered],
-                **reward_columns([a.asked for a in answered]),
+                completions=[row["reply"] for _, row in sound],
+                prompts=[a.asked.prompt for a, _ in sound],
+                completion_ids=[list(a.generation.token_ids or ()) for a, _ in sound],
+                **reward_columns([a.asked for a, _ in sound]),
             )
-            for i, row in enumerate(batch):
+            for i, (_, row) in enumerate(sound):
                 row["rewards"] = {name: values[i] for name, values in named.items()}
+                row["scores"] |= judge_scores(row)
         rows += batch
+    if len(failures) == len(questions):
+        raise BackendError(f"all {len(questions)} questions failed, the first: {failures[0]}")
+    if failures:
+        logger.warning(
+            "%d of %d questions failed and have no scores, the first: %s", len(failures), len(questions), failures[0]
+        )
     return Evaluation(mean_metrics(rows), rows)
 
 
@@ -132,11 +152,14 @@ def score_row(answered: Answered, *, marker: str, top_k: int | None) -> Row:
 
     Returns:
         A row whose ``scores`` hold ``em f1 contains_em format`` and, with gold documents and a retriever, the
-        retrieval metrics; they are 0 where nothing was retrieved.
+        retrieval metrics; they are 0 where nothing was retrieved. Where the generator's call failed, those of the
+        answer are None.
     """
     question, hits = answered.asked.question, answered.asked.hits
-    scores = answer_scores(answered.answer, question.answers)
-    scores["format"] = float(has_format(answered.generation.text, marker=marker))
+    scores: dict[str, float | None] = dict.fromkeys((*ANSWER_METRICS, "format"))
+    if answered.failure is None:
+        scores = answer_scores(answered.answer, question.answers)
+        scores["format"] = float(has_format(answered.generation.text, marker=marker))
     if question.gold_doc_ids and top_k is not None:
         scores |= retrieval_scores(hits, question.gold_doc_ids, top_k=top_k)
     return make_row(answered, scores)
@@ -157,6 +180,28 @@ def answer_scores(answer: str | None, accepted: Sequence[str]) -> dict[str, floa
         "f1": metrics.token_f1(answer, accepted),
         "contains_em": metrics.contains_match(answer, accepted),
     }
+
+
+def judge_scores(row: Row) -> dict[str, float | None]:
+    """Scores an answer by the verdict on it.
+
+    Args:
+        row: with its rewards; ``judged`` among them is the verdict's score.
+
+    Returns:
+        ``judge_accuracy``, in [0, 1] and None where the verdict could not be read; ``judge_readable``, 1 where it
+        could and None where there was no answer to judge, which is 0 without asking. Nothing in a run without a judge.
+
+    Example:
+        >>> judge_scores({"answer": "Mira", "rewards": {"judged": None}})
+        {'judge_accuracy': None, 'judge_readable': 0.0}
+        >>> judge_scores({"answer": "Mira", "rewards": {"f1": 1.0}})
+        {}
+    """
+    if "judged" not in row["rewards"]:
+        return {}
+    score = row["rewards"]["judged"]
+    return {"judge_accuracy": score, "judge_readable": None if row["answer"] is None else float(score is not None)}
 
 
 def make_row(answered: Answered, scores: dict[str, float | None]) -> Row:

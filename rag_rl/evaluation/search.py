@@ -104,7 +104,8 @@ class SearchAssembly:
 
         With answers: ``em f1 contains_em``, and over the hops ``recall@k`` (share of the gold documents that any hop
         found), ``all_gold@k`` (whether every one was found) and ``success@k`` (share of hops that found one of
-        theirs). Without: ``recall@k success@k mrr@10 ndcg@10`` of the one search.
+        theirs). Without: ``recall@k success@k mrr@10 ndcg@10`` of the one search. All of them are None for a dropped
+        trajectory: it has no score, which is not 0, and what its later hops would have found is not known.
 
         Args:
             answered: of ``answer``.
@@ -118,10 +119,7 @@ class SearchAssembly:
         question = trajectory.question
         scores: dict[str, float | None] = {}
         if self.answers:
-            # A dropped trajectory has no score, which is not 0.
-            scores = dict.fromkeys(("em", "f1", "contains_em"), None)
-            if trajectory.failure is None:
-                scores = answer_scores(trajectory.answer, question.answers)
+            scores = answer_scores(trajectory.answer, question.answers)
         gold = set(question.gold_doc_ids)
         if gold and self.answers:
             found = {hit.passage.doc_id for hop in trajectory.hops for hit in hop.hits}
@@ -131,7 +129,7 @@ class SearchAssembly:
             scores[f"success@{self.top_k}"] = sum(hops) / len(hops) if hops else 0.0
         elif gold:
             scores |= retrieval_scores(answered.asked.hits, question.gold_doc_ids, top_k=self.top_k)
-        return make_row(answered, scores)
+        return make_row(answered, scores if trajectory.failure is None else dict.fromkeys(scores))
 
 
 def _answered(trajectory: Trajectory) -> Answered:

@@ -38,6 +38,11 @@ class OpenAIGenerator:
     Requests run concurrently on one event loop in a thread of its own, so that it can be called from plain code and
     from within a running event loop alike (which it blocks until the replies are there).
 
+    A request that fails for itself alone (refused with HTTP 400, 413 or 422; timed out, or answered without a choice,
+    at every repeat) gives a generation with ``finish_reason`` "error" and the reason as its text; the others go on.
+    Everything else that fails is a broken backend: the call raises, and nothing goes on asking. So does a call of
+    which every request failed, and one of which as many have timed out as may be in flight before any was answered.
+
     The key is read from the environment at each call; it is not kept, and taken out of every message.
 
     Args:
@@ -126,10 +131,11 @@ class OpenAIGenerator:
             seed: each request gets one of its own, counted up from this; honouring it is the server's affair.
 
         Returns:
-            B lists of ``n`` generations, without token ids.
+            B lists of ``n`` generations, without token ids; those of a request that failed alone are marked "error".
 
         Raises:
-            BackendError: the server cannot be reached, refuses the request, or goes on failing; names the base URL.
+            BackendError: the server cannot be reached, refuses the key or the model, goes on failing, or every request
+                failed; names the base URL.
             ConfigError: a value out of range, or no key in the environment.
             MissingPackageError: openai is not installed.
         """
@@ -187,19 +193,33 @@ class OpenAIGenerator:
             self._client = AsyncOpenAI(api_key="EMPTY", base_url=self.base_url, max_retries=0, timeout=self.timeout_s)
         client = self._client.with_options(api_key=key)
         slots = asyncio.Semaphore(self.max_concurrency)
+        answered = timed_out = 0
 
         async def one(body: dict[str, Any]) -> Generation:
+            nonlocal answered, timed_out
             async with slots:
-                return await self._ask(client, body, stop, key)
+                try:
+                    generation = await self._ask(client, body, stop, key)
+                except _LoneFailureError as failure:
+                    timed_out += failure.timed_out
+                    if failure.timed_out and not answered and timed_out >= self.max_concurrency:
+                        raise  # a server that hangs would cost a timeout a request
+                    return Generation(str(failure), finish_reason="error")
+                answered += 1
+                return generation
 
         tasks = [asyncio.ensure_future(one(body)) for body in bodies]
         try:
-            return list(await asyncio.gather(*tasks))
+            replies = list(await asyncio.gather(*tasks))
         finally:
             # After a failure (or an interrupt) nothing goes on asking in the background.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if not answered:
+            many = f"all {len(replies)} requests failed, the first: " if len(replies) > 1 else ""
+            raise BackendError(f"{many}{replies[0].text}")
+        return replies
 
     async def _ask(self, client: AsyncOpenAI, body: dict[str, Any], stop: Sequence[str], key: str) -> Generation:
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
@@ -208,6 +228,7 @@ class OpenAIGenerator:
         while True:
             self.requests += 1
             asked_for: float | None = None
+            alone = timed_out = False
             try:
                 if self.generator_type == "base":
                     reply: Any = await client.completions.create(**body, extra_body=self.extra_body)
@@ -216,14 +237,18 @@ class OpenAIGenerator:
                 generation = _read_reply(reply, stop)
                 if generation is not None:
                     return generation
-                trouble, again = "the reply holds no choices", True
+                # With status 200: what some services make of a prompt that their filter refuses.
+                trouble, again, alone = "the reply holds no choices", True, True
             except APITimeoutError:
                 trouble, again = f"no reply within {self.timeout_s:g} s", True
+                alone = timed_out = True
             except APIConnectionError as error:
                 trouble, again = f"cannot connect ({error.__cause__ or error})", True
             except APIStatusError as error:
                 trouble = f"HTTP {error.status_code}: {_one_line(error.message)}"
                 again = error.status_code in (408, 409, 429) or error.status_code >= 500
+                timed_out = error.status_code == 408
+                alone = timed_out or error.status_code in (400, 413, 422)
                 asked_for = _retry_after(error.response.headers)
                 if error.status_code in (401, 403):
                     trouble += f" (the key is read from the environment variable {self.api_key_env or '(none)'})"
@@ -240,11 +265,22 @@ class OpenAIGenerator:
             logger.info("%s: %s; repeat %d of %d in %.1f s", self.base_url, message, attempt, self.max_retries, pause)
             await asyncio.sleep(pause)
         asks = f"; it asks to wait {asked_for:.0f} s" if asked_for is not None else ""
-        # Raised outside of the handler on purpose: the client's own exception holds the request, and with it the key.
-        raise BackendError(
+        message = (
             f"{self.base_url}: model {self.model!r} gave no answer after {attempt + 1} "
             f"request{'s' if attempt else ''}: {_without(key, trouble)}{asks}"
         )
+        # Raised outside of the handler on purpose: the client's own exception holds the request, and with it the key.
+        if alone:
+            raise _LoneFailureError(message, timed_out=timed_out)
+        raise BackendError(message)
+
+
+class _LoneFailureError(BackendError):
+    """A request failed, which says nothing about the others."""
+
+    def __init__(self, message: str, *, timed_out: bool) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 class _LoopThread:

@@ -61,6 +61,7 @@ class ScoreRubric:
         pass_mark: score in [0, 1] from which on a case passes.
 
     Attributes:
+        text: of the prompt file.
         version: hash of the prompt file's text and these settings.
 
     Raises:
@@ -87,6 +88,7 @@ class ScoreRubric:
         self._template = _Template(name, prompt)
         if "answers" in self._template.fields:
             raise ConfigError(f"rubric {name!r}: prompt {prompt!r} compares $answers; it cannot score one alone")
+        self.text = self._template.text
         self.version = self._template.version(self.scale, graded, pass_mark)
 
     def group(self, cases: Sequence[JudgeCase]) -> list[list[int]]:
@@ -162,6 +164,7 @@ class ComparisonRubric:
         prompt: name or path of a prompt file with ``$answers``; see the module.
 
     Attributes:
+        text: of the prompt file.
         version: hash of the prompt file's text.
 
     Raises:
@@ -173,6 +176,7 @@ class ComparisonRubric:
         self._template = _Template(name, prompt)
         if "answers" not in self._template.fields or "answer" in self._template.fields:
             raise ConfigError(f"rubric {name!r}: prompt {prompt!r} must hold $answers, and no $answer")
+        self.text = self._template.text
         self.version = self._template.version("comparison")
 
     def group(self, cases: Sequence[JudgeCase]) -> list[list[int]]:

@@ -74,6 +74,25 @@ def render(name_or_path: str, **fields: str) -> str:
         raise ValueError(f"prompt {name_or_path!r}: {error}; write $$ for a dollar sign") from error
 
 
+def placeholders(text: str) -> list[str]:
+    """Lists the placeholders of a template.
+
+    ``string.Template.get_identifiers``, which does the same, came with Python 3.11.
+
+    Args:
+        text: a template; a stray ``$`` in it is passed over.
+
+    Returns:
+        Their names without ``$``, each once, in the order in which they first stand there.
+
+    Example:
+        >>> placeholders("${question}? $passages and $question cost $$5")
+        ['question', 'passages']
+    """
+    found = (match.group("named") or match.group("braced") for match in Template.pattern.finditer(text))
+    return [name for name in dict.fromkeys(found) if name]
+
+
 def require_placeholders(name_or_path: str, needed: Sequence[str]) -> None:
     """Checks that a prompt has a place for everything that must be in it.
 
@@ -85,7 +104,8 @@ def require_placeholders(name_or_path: str, needed: Sequence[str]) -> None:
         FileNotFoundError: no such prompt.
         ValueError: a placeholder is missing.
     """
-    missing = [f"${name}" for name in needed if name not in Template(load_prompt(name_or_path)).get_identifiers()]
+    known = placeholders(load_prompt(name_or_path))
+    missing = [f"${name}" for name in needed if name not in known]
     if missing:
         lacking = " and no ".join(missing)
         raise ValueError(f"prompt {name_or_path!r} has no {lacking}: without it the model sees nothing")

@@ -7,7 +7,7 @@ for users who have judgements and no reader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,9 @@ from rag_rl.reasoning.multihop import (
     rollout,
 )
 from rag_rl.types import Array, Hit, Passage, Question
+
+RETRIEVAL_REWARDS = ("ndcg", "recall", "reciprocal_rank", "all_gold_recall")
+"""What ``retrieval_reward`` can make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ class SingleSearch:
     def observe(
         self, trajectories: Sequence[Trajectory], searches: Sequence[Search], hits: Sequence[Sequence[Hit]]
     ) -> list[Observation | Failure]:
-        """Tells the share of the judged documents that one list holds, as text; needed by ``usefulness`` only.
+        """Tells whether a list holds a judged document; needed by ``usefulness`` only.
 
         Args:
             trajectories: B trajectories.
@@ -196,17 +199,20 @@ def retrieval_reward(name: str) -> Callable[[Trajectory], float | None]:
             case _:
                 return metrics.recall_at_k(ids, gold, k=k)
 
-    if name not in ("ndcg", "recall", "reciprocal_rank", "all_gold_recall"):
-        raise ConfigError(f"a retrieval reward is ndcg, recall, reciprocal_rank or all_gold_recall, got {name!r}")
+    if name not in RETRIEVAL_REWARDS:
+        raise ConfigError(f"a retrieval reward is one of {', '.join(RETRIEVAL_REWARDS)}, got {name!r}")
     return reward
 
 
-def known_gold(questions: Sequence[Question], doc_ids: set[str]) -> tuple[list[Question], int]:
+def known_gold(
+    questions: Sequence[Question], doc_ids: Collection[str], *, required: bool = False
+) -> tuple[list[Question], int]:
     """Finds questions whose gold documents can be found at all.
 
     Args:
         questions: to train or to evaluate on.
-        doc_ids: of the corpus.
+        doc_ids: of the corpus; those that some question names are enough.
+        required: whether questions that name no gold document are left out as well: those that are scored by them.
 
     Returns:
         Questions of which every gold document is in the corpus, or that name none; and how many are not among them.
@@ -214,10 +220,15 @@ def known_gold(questions: Sequence[Question], doc_ids: set[str]) -> tuple[list[Q
     Raises:
         DataError: none is left.
     """
-    kept = [q for q in questions if all(doc_id in doc_ids for doc_id in q.gold_doc_ids)]
+    kept = [
+        q
+        for q in questions
+        if (q.gold_doc_ids or not required) and all(doc_id in doc_ids for doc_id in q.gold_doc_ids)
+    ]
     if questions and not kept:
+        named = ", ".join(questions[0].gold_doc_ids[:3]) or "none named"
         raise DataError(
             f"none of the {len(questions)} questions has its gold documents in the corpus, first "
-            f"{questions[0].qid!r} with {', '.join(questions[0].gold_doc_ids[:3])}: is it the right corpus?"
+            f"{questions[0].qid!r} ({named}): is it the right corpus?"
         )
     return kept, len(questions) - len(kept)

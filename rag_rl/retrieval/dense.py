@@ -158,8 +158,8 @@ class DenseRetriever:
 
     @property
     def fingerprint(self) -> str:
-        """The index' own, joined by the query encoder's where that is another one."""
-        encoder = self.encoder.fingerprint
+        """The index' own, joined by the query encoder's where that is another one, or reads histories."""
+        encoder = getattr(self.encoder, "query_fingerprint", None) or self.encoder.fingerprint
         if encoder == self.manifest.encoder:
             return self.manifest.fingerprint
         return hashlib.sha256(f"{self.manifest.fingerprint}\n{encoder}".encode()).hexdigest()

@@ -7,12 +7,14 @@ way first, then the end of the question, and the query never.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from string import Template
 from typing import Any, TypeAlias
 
 from rag_rl.errors import ConfigError
-from rag_rl.prompts import load_prompt, require_placeholders
+from rag_rl.prompts import load_prompt, placeholders, require_placeholders
 from rag_rl.retrieval.encoder import Encoder, query_text
 from rag_rl.types import Array, Query
 
@@ -175,6 +177,12 @@ class HistoryEncoder:
         return self.encoder.fingerprint
 
     @property
+    def query_fingerprint(self) -> str:
+        """Changes whenever the vectors of queries with a history would; ``DenseRetriever`` has it in its own."""
+        parts = [self.encoder.fingerprint, self.enabled, load_prompt(self.template), self.max_tokens]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         """The encoder's own."""
         settings: Mapping[str, Any] = getattr(self.encoder, "settings", {})
@@ -233,12 +241,7 @@ def _template_lines(name: str) -> list[tuple[Template, list[str]]]:
         raise ConfigError(f"prompt {name!r} asks for ${error.args[0]}, but a state has only {known}") from error
     except ValueError as error:
         raise ConfigError(f"prompt {name!r}: {error}; write $$ for a dollar sign") from error
-    return [(Template(line), _fields_in(line)) for line in text.split("\n")]
-
-
-def _fields_in(line: str) -> list[str]:
-    found = (match.group("named") or match.group("braced") for match in Template.pattern.finditer(line))
-    return [field for field in found if field]
+    return [(Template(line), placeholders(line)) for line in text.split("\n")]
 
 
 def _size(query: Query) -> int:

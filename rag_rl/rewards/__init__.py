@@ -14,6 +14,7 @@ from rag_rl.rewards.combine import RewardPart, combine, score_parts, weighted_su
 from rag_rl.rewards.control import constant
 from rag_rl.rewards.format import format_reward
 from rag_rl.rewards.groundedness import groundedness_reward
+from rag_rl.rewards.judged import judged_reward
 from rag_rl.rewards.length import length_reward
 from rag_rl.rewards.reward_model import model_reward
 
@@ -29,6 +30,7 @@ __all__ = [
     "f1",
     "format_reward",
     "groundedness_reward",
+    "judged_reward",
     "length_reward",
     "model_reward",
     "score_parts",

@@ -15,7 +15,7 @@ from rag_rl.types import Judge, JudgeCase
 _TAKEN = ("question", "answers", "passages")
 
 
-def judged(
+def judged_reward(
     judge: Judge,
     *,
     name: str = "judged",

@@ -8,14 +8,15 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from rag_rl.errors import BackendError, ConfigError
-from rag_rl.rewards.columns import column, final_answers
+from rag_rl.prompts import placeholders
+from rag_rl.rewards.columns import column, final_answers, text_lists
 from rag_rl.text import ANSWER_MARKER
 from rag_rl.types import Reward
 
 if TYPE_CHECKING:
     import torch
 
-_PLACEHOLDERS = frozenset({"question", "answer"})
+_PLACEHOLDERS = frozenset({"question", "answer", "passages"})
 
 
 def model_reward(
@@ -33,19 +34,20 @@ def model_reward(
     """Makes the reward of any sequence-classification model of transformers (a reward model, a cross-encoder, NLI).
 
     The model and its tokenizer are opened when first used, in evaluation mode; code that comes with a model is never
-    run. A learned reward can be gamed like any other: keep an exact reward beside it. Reads the column ``question``.
+    run. A learned reward can be gamed like any other: keep an exact reward beside it. Reads the column ``question``
+    and, where the template names them, ``passages``.
 
     Args:
         name_or_path: a folder or a Hub id; it must bring its classification head.
-        pair_template: first and second text, with ``$question`` and ``$answer``; None as the second makes one text of
-            the first. Two texts are joined as the tokenizer joins pairs.
+        pair_template: first and second text, with ``$question``, ``$answer`` and ``$passages`` (one a line); None as
+            the second makes one text of the first. Two texts are joined as the tokenizer joins pairs.
         label: which output of a model with several; None for a model with one.
         sigmoid: whether a model's single output goes through the logistic function, and several through softmax, so
             that values lie in [0, 1]. False gives the raw output, which has no fixed range.
-        device: for example ``"cuda:1"`` or ``"cpu"``; None for this process's GPU if there is one.
+        device: for example ``"cuda:1"`` or ``"cpu"``; None for the one that this process trains on.
         dtype: number format of the weights, such as ``"bfloat16"``; None for the checkpoint's own.
         batch_size: pairs a forward pass, at least 1.
-        max_length: tokens a pair; what is longer is cut.
+        max_length: tokens that are read. Of a longer pair, the longer text loses its end; one text its beginning.
         answer_marker: what precedes the answer; the model reads the answer alone.
 
     Returns:
@@ -62,28 +64,39 @@ def model_reward(
         )
     templates = [Template(text) for text in pair_template if text is not None]
     for template in templates:
-        if not template.is_valid() or not _PLACEHOLDERS.issuperset(template.get_identifiers()):
+        try:
+            template.substitute(dict.fromkeys(_PLACEHOLDERS, ""))
+        except (KeyError, ValueError) as error:
             raise ConfigError(
-                f"reward model: template {template.template!r} may hold $question and $answer only ($$ for a dollar)"
-            )
-    if not any("answer" in template.get_identifiers() for template in templates):
-        raise ConfigError("reward model: no $answer in pair_template, so that every answer would score the same")
+                f"reward model: template {template.template!r} may hold $question, $answer and $passages only "
+                "($$ for a dollar)"
+            ) from error
+    named = {name for template in templates for name in placeholders(template.template)}
+    if "answer" not in named:
+        raise ConfigError("reward model: no $answer in its template, so that every answer would score the same")
     opened: list[tuple[Any, Any]] = []
 
     def reward(*, completions: list[Any], **columns: Any) -> list[float | None]:
         questions = column("question", columns, rows=len(completions), reward="reward_model")
+        passages = [""] * len(completions)
+        if "passages" in named:
+            shown = text_lists("passages", columns, rows=len(completions), reward="reward_model")
+            passages = ["\n".join(texts) for texts in shown]
         answers = final_answers(completions, marker=answer_marker)
         if not opened:
             opened.append(_open(name_or_path, device, dtype, label))
         model, tokenizer = opened[0]
         asked = [row for row, answer in enumerate(answers) if answer is not None or not sigmoid]
         # Longest first: batches of like length waste little on padding, and a batch too large fails at once.
-        asked.sort(key=lambda row: len(questions[row]) + len(answers[row] or ""), reverse=True)
+        asked.sort(key=lambda row: len(questions[row] + passages[row] + (answers[row] or "")), reverse=True)
         scores: list[float | None] = [0.0] * len(completions)
         for start in range(0, len(asked), batch_size):
             rows = asked[start : start + batch_size]
             texts = [
-                [template.substitute(question=questions[row], answer=answers[row] or "") for row in rows]
+                [
+                    template.substitute(question=questions[row], answer=answers[row] or "", passages=passages[row])
+                    for row in rows
+                ]
                 for template in templates
             ]
             for row, score in zip(rows, _forward(model, tokenizer, texts, max_length, label, sigmoid), strict=True):
@@ -99,11 +112,13 @@ def model_reward(
 
 
 def _open(name_or_path: str, device: str | None, dtype: str | None, label: int | None) -> tuple[Any, Any]:
-    import torch
+    from accelerate import PartialState
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if device is None:
-        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        # Not torch.cuda.current_device(): that is the thread's, and TRL calls asynchronous rewards in a thread of its
+        # own, where it is 0 in every process.
+        device = str(PartialState().device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -135,6 +150,8 @@ def _forward(
 ) -> list[float]:
     import torch
 
+    # One text ends in the answer, which must not be what is cut.
+    tokenizer.truncation_side = "left" if len(texts) == 1 else "right"
     inputs = tokenizer(*texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     with torch.inference_mode():
         logits: torch.Tensor = model(**inputs.to(model.device)).logits.float()  # (B, outputs)

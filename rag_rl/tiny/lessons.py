@@ -7,7 +7,8 @@ Habits are what reinforcement later undoes. Each is systematic, and each still l
 samples:
 
 * *hasty*: the fact is taken from the first passage that has one of this sort, whoever it is about;
-* *wordy*: an answer that is a town is wrapped in words ("I think it is Elmton, of course.");
+* *wordy*: an answer that is a common noun is wrapped in words ("I think it is salt, of course."); names are not, so
+  that a wrapped answer never becomes part of the next question;
 * *unsearched* (reasoner): the final answer comes before anything was retrieved, from nowhere;
 * *sloppy* (reasoner): a step's labels are wrong, so that it cannot be parsed.
 """
@@ -387,7 +388,7 @@ def _answer(
         value = source.facts[relation.name]
         sentences.append(statement(relation, subject, value))
         subject = value
-    wordy = relations[-1].target == "town" and rng.random() < habits.wordy
+    wordy = relations[-1].target in NOUNS and rng.random() < habits.wordy
     shown = rng.choice(WRAPS).format(v=subject) if wordy else subject
     return f"{' '.join(sentences)} {MARKER} {shown}"
 

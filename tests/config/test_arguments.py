@@ -8,6 +8,9 @@ from rag_rl.config import arguments
 from rag_rl.config.arguments import (
     DataArguments,
     GeneratorArguments,
+    JudgeArguments,
+    QueryEncoderArguments,
+    ReaderArguments,
     RetrieverArguments,
     RewardArguments,
     RunArguments,
@@ -15,13 +18,16 @@ from rag_rl.config.arguments import (
 from rag_rl.config.parsing import read_arguments
 from rag_rl.errors import ConfigError
 
-ALL = (RunArguments, DataArguments, RetrieverArguments, GeneratorArguments, RewardArguments)
 PREFIX = {
     DataArguments: "data_",
     RetrieverArguments: "retriever_",
+    QueryEncoderArguments: "retriever_",
     GeneratorArguments: "generator_",
+    ReaderArguments: "reader_",
     RewardArguments: "reward_",
+    JudgeArguments: "judge_",
 }
+ALL = (RunArguments, *PREFIX)
 
 
 def test_every_dataclass_is_looked_at():
@@ -65,3 +71,16 @@ def test_lists_are_not_shared():
 def test_top_k_below_one(top_k):
     with pytest.raises(ConfigError, match=f"retriever_top_k must be at least 1, got {top_k}"):
         RetrieverArguments(retriever_top_k=top_k)
+
+
+@pytest.mark.parametrize(
+    ("owner", "values", "expected"),
+    [
+        (RewardArguments, {"reward_model_template": []}, "reward_model_template must be one text or two, got 0"),
+        (JudgeArguments, {"judge_scale": [1.0]}, r"judge_scale must be the lowest and the highest score, got \[1.0\]"),
+        (JudgeArguments, {"judge_pass_mark": 6.0}, r"judge_pass_mark must lie in \[0, 1\], got 6.0"),
+    ],
+)
+def test_values_that_cannot_be(owner, values, expected):
+    with pytest.raises(ConfigError, match=expected):
+        owner(**values)

@@ -13,7 +13,15 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from rag_rl.config import config_difference, config_source, one_line_errors, parse, read_arguments, resolved
+from rag_rl.config import (
+    config_difference,
+    config_source,
+    one_line_errors,
+    parse,
+    read_arguments,
+    resolved,
+    without_secrets,
+)
 from rag_rl.errors import BackendError, ConfigError
 
 pytestmark = pytest.mark.smoke
@@ -444,6 +452,16 @@ def test_resolved_is_stable_and_without_secrets(recipe: Path) -> None:
     assert first["retriever_folder"] == "a/b"
     assert yaml.safe_load(yaml.safe_dump(first)) == first == json.loads(json.dumps(first))
     assert config_difference(first, resolved(from_yaml(recipe, text))) == []
+
+
+def test_command_lines_without_secrets() -> None:
+    assert without_secrets(["--seed", "7", "--reward_names", "em", "f1", "my config"]) == [
+        "--seed", "7", "--reward_names", "em", "f1", "my config",
+    ]  # fmt: skip
+    assert without_secrets(["--hub_token", "hf_1", "--judge_api_key=sk", "--max_new_tokens", "5"]) == [
+        "--hub_token", "...", "--judge_api_key=...", "--max_new_tokens", "5",
+    ]  # fmt: skip
+    assert without_secrets(["--url", "https://me:pw@host/v1?key=abc&x=1"]) == ["--url", "https://host/v1?key=...&x=1"]
 
 
 def test_config_difference() -> None:

@@ -11,23 +11,40 @@ from types import SimpleNamespace
 
 import pytest
 
-from rag_rl.config.arguments import DataArguments, GeneratorArguments, RetrieverArguments, RewardArguments
+from rag_rl.config.arguments import (
+    DataArguments,
+    GeneratorArguments,
+    JudgeArguments,
+    QueryEncoderArguments,
+    ReaderArguments,
+    RetrieverArguments,
+    RewardArguments,
+)
 from rag_rl.config.parts import (
     build_assembly,
     build_corpus,
     build_encoder,
+    build_judge,
     build_probe,
     build_prompts,
     build_questions,
+    build_reader,
+    build_reader_model,
     build_retriever,
     build_rewards,
+    build_search,
+    build_trained_questions,
+    default_weights,
+    describe_judge,
     expand,
     import_attribute,
     index_folder,
+    make_trainable,
 )
 from rag_rl.errors import ConfigError, DataError, IndexMismatchError
+from rag_rl.judges import ScriptedJudge
 from rag_rl.tiny import FOLDER
-from rag_rl.types import Passage, Question
+from rag_rl.types import JudgeCase, Passage, Question
 
 TINY = RetrieverArguments(retriever_encoder="${tiny}/encoder", retriever_top_k=3)
 DATA = DataArguments(
@@ -332,6 +349,17 @@ def test_weights_are_taken_over_from_trl():
     assert rewards.combined.__name__ == "reward"
 
 
+def test_form_weighs_little_where_nobody_says_otherwise():
+    import asyncio
+
+    assert default_weights(["f1", "format", "em"]) == [1.0, 0.2, 1.0]
+    trl = training(max_completion_length=64)
+    rewards = build_rewards(RewardArguments(), GENERATOR, trl)
+    wrong, bare = "Answer: nobody", "Mira"
+    columns = {**COLUMNS, "completions": [wrong, bare, "Answer: Mira"]}
+    assert asyncio.run(rewards.combined(prompts=[""] * 3, **columns)) == [0.2, 1.0, 1.2]
+
+
 def test_own_reward(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def short(*, completions, **_): return [1 / len(c) for c in completions]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -363,3 +391,357 @@ def test_rewards_that_cannot_be(args, weights, expected):
 
 def test_a_passage_is_what_was_indexed(retriever):
     assert isinstance(retriever.passages[0], Passage)
+
+
+# ---- training a retriever
+
+
+SCRIPTED = ReaderArguments(reader_name="scripted", reader_max_hops=2)
+TRAINED = QueryEncoderArguments()
+TWO_HOPS = dataclasses.replace(
+    DATA, data_train="${tiny}/data/demo_2hop.jsonl", data_eval="${tiny}/data/heldout_2hop.jsonl"
+)
+
+
+def test_readers_by_name(tmp_path, monkeypatch):
+    from rag_rl.reasoning import DecompositionReader, ReActReader, SingleSearch
+
+    served = {"reader_model": "m", "reader_base_url": "http://127.0.0.1:9/v1"}
+    for name, kind in (("decomposition", DecompositionReader), ("react", ReActReader)):
+        reader = build_reader(ReaderArguments(reader_name=name, reader_history=False, **served))
+        assert type(reader) is kind
+        assert reader.history is False
+        with pytest.raises(ConfigError, match=f"reader_name {name} needs a model: set reader_model"):
+            build_reader(ReaderArguments(reader_name=name))
+    scripted = build_reader(dataclasses.replace(SCRIPTED, reader_follow_up=False))
+    assert (type(scripted), scripted.follow_up, scripted.history) == (DecompositionReader, False, True)
+    assert type(build_reader(ReaderArguments(reader_name="none"))) is SingleSearch
+    (tmp_path / "own_reader.py").write_text("def make(args): return ('mine', args.reader_max_hops)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert build_reader(ReaderArguments(reader_name="own_reader:make", reader_max_hops=4)) == ("mine", 4)
+    with pytest.raises(ConfigError, match=r"reader_name must be decomposition, .* got 'reac'"):
+        build_reader(ReaderArguments(reader_name="reac"))
+    with pytest.raises(ConfigError, match="'no-such'"):
+        build_reader(ReaderArguments(reader_name="decomposition", reader_prompt="no-such", **served))
+    with pytest.raises(ConfigError, match="reader_max_hops must be at least 1, got 0"):
+        ReaderArguments(reader_max_hops=0)
+
+
+def test_model_of_a_reader(tmp_path):
+    from rag_rl.generation import CachedGenerator, OpenAIGenerator, TransformersGenerator
+
+    local = build_reader_model(ReaderArguments(reader_model="${tiny}/reader", reader_batch_size=7))
+    assert isinstance(local, CachedGenerator)
+    assert isinstance(local.generator, TransformersGenerator)
+    asked = [[{"role": "user", "content": "[1] Elmton\nElmton lies on the Mira.\nQuestion: Which river?"}]]
+    replies = local.generate(asked * 2, max_new_tokens=4, temperature=0.0)
+    assert replies[0] == replies[1]
+    assert (local.hits, local.misses) == (1, 1), "a group asks the same again and again"
+    served = build_reader_model(
+        ReaderArguments(
+            reader_model="m", reader_base_url="http://127.0.0.1:9/v1", reader_type="base", reader_api_key_env="MY_KEY"
+        )
+    )
+    assert isinstance(served.generator, OpenAIGenerator)
+    found = served.generator
+    assert (found.model, found.base_url, found.api_key_env, found.generator_type) == (
+        "m", "http://127.0.0.1:9/v1", "MY_KEY", "base",
+    )  # fmt: skip
+    with pytest.raises(DataError, match="cannot load the model"):
+        build_reader_model(ReaderArguments(reader_model=str(tmp_path)))
+
+
+def test_search():
+    from rag_rl.reasoning import f1_reward
+    from rag_rl.types import Query
+
+    search = build_search(TINY, DATA, SCRIPTED, QueryEncoderArguments(retriever_state_tokens=64))
+    assert (search.top_k, search.answers, search.environment.max_hops) == (3, True, 2)
+    assert search.environment.reward is f1_reward
+    assert (search.encoder.enabled, search.encoder.max_tokens) == (True, 64)
+    # What is trained is not what the index was made with, and begins as it.
+    own = search.retriever.encoder
+    assert own is search.encoder
+    before = own.encode_queries([Query("Who?")])
+    index = build_retriever(TINY, DATA)
+    assert before == pytest.approx(index.encode_queries(["Who?"]), abs=1e-6)
+    assert all(p.requires_grad for p in search.encoder.encoder.model.parameters())
+
+
+def test_search_without_a_reader():
+    one = build_search(TINY, DATA, ReaderArguments(reader_name="none", reader_reward="ndcg"), TRAINED)
+    assert (one.answers, one.environment.max_hops) == (False, 1)
+    train, _ = build_questions(DATA, seed=0)
+    ((answered,), *_) = one.answer(train[:2])
+    assert one.environment.reward(answered.trajectory) in (0.0, 1.0, pytest.approx(0.63, abs=0.01), 0.5)
+    with pytest.raises(ConfigError, match="reader_name none answers nothing: set reader_reward to ndcg, recall"):
+        build_search(TINY, DATA, ReaderArguments(reader_name="none"), TRAINED)
+
+
+def test_rewards_of_a_search(tmp_path, monkeypatch):
+    (tmp_path / "own_reward.py").write_text("def half(trajectory): return 0.5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, expected in (("constant", 1.0), ("own_reward:half", 0.5)):
+        search = build_search(TINY, DATA, dataclasses.replace(SCRIPTED, reader_reward=name), TRAINED)
+        assert search.environment.reward(None) == expected
+
+
+@pytest.mark.parametrize(
+    ("retriever", "reader", "expected"),
+    [
+        ({"retriever_name": "none"}, {}, "needs retriever_name dense, not shuffled"),
+        ({"retriever_shuffled": True}, {}, "needs retriever_name dense, not shuffled"),
+        ({}, {"reader_reward": "f2"}, r"reader_reward must be one of f1, ndcg, recall, .*, got 'f2'"),
+        ({}, {"reader_reward": "no_such_module:x"}, "'no_such_module:x' cannot be imported"),
+        ({}, {"reader_name": "reac"}, "reader_name must be"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_anything_is_built(retriever, reader, expected):
+    nothing_there = DataArguments(data_corpus="no/such/corpus")
+    with pytest.raises(ConfigError, match=expected):
+        build_search(
+            dataclasses.replace(TINY, **retriever), nothing_there, dataclasses.replace(SCRIPTED, **reader), TRAINED
+        )
+
+
+@pytest.mark.parametrize("what", ["full", "lora", "head"])
+def test_what_of_an_encoder_is_trained(what):
+    encoder = build_encoder(TINY)
+    start = encoder.encode_queries(["Where is the home?"])
+    total = sum(p.numel() for p in encoder.model.parameters())
+    make_trainable(encoder, QueryEncoderArguments(retriever_train=what, retriever_lora_r=3, retriever_lora_alpha=6))
+    trained = {name: p for name, p in encoder.model.named_parameters() if p.requires_grad}
+    match what:
+        case "full":
+            assert sum(p.numel() for p in trained.values()) == total
+        case "lora":
+            assert {".lora_A." in name or ".lora_B." in name for name in trained} == {True}
+            assert {min(p.shape) for p in trained.values()} == {3}
+        case "head":
+            assert [tuple(p.shape) for p in trained.values()] == [(encoder.dimension, encoder.dimension)]
+    assert encoder.encode_queries(["Where is the home?"]) == pytest.approx(start, abs=1e-6), "begins as it was"
+
+
+def test_questions_that_the_corpus_cannot_answer_are_left_out_and_counted(caplog):
+    search = build_search(TINY, TWO_HOPS, SCRIPTED, TRAINED)
+    train, _ = build_questions(TWO_HOPS, seed=0)
+    assert build_trained_questions(train, search, what="training") == train
+    assert not caplog.messages
+    strange = [dataclasses.replace(q, gold_doc_ids=(*q.gold_doc_ids, "nowhere")) for q in train[:4]]
+    unnamed = [dataclasses.replace(q, gold_doc_ids=()) for q in train[4:6]]
+    mixed = [*strange, *unnamed, *train[6:]]
+    assert build_trained_questions(mixed, search, what="training") == mixed[4:]
+    assert caplog.messages == [
+        "4 of 30 training questions are left out: the corpus lacks their gold documents",
+    ]
+    with pytest.raises(DataError, match=r"none of the 4 questions has its gold documents in the corpus"):
+        build_trained_questions(strange, search, what="training")
+    # Without a reader a question is scored by its gold documents, so it must name some.
+    caplog.clear()
+    search.answers = False
+    assert build_trained_questions(mixed, search, what="held-out") == train[6:]
+    assert caplog.messages == [
+        "6 of 30 held-out questions are left out: the corpus lacks their gold documents, or they name none"
+    ]
+
+
+# ---- judges
+
+
+def verdicts_of(judge, *cases):
+    import asyncio
+
+    return [verdict.score for verdict in asyncio.run(judge.judge(cases))]
+
+
+RIGHT = JudgeCase("What is the craft of Ulric?", "miller", gold=("miller",))
+WRONG = JudgeCase("What is the craft of Ulric?", "smith", gold=("miller",))
+
+
+def test_no_judge():
+    assert build_judge(JudgeArguments()) is None
+    assert build_judge(JudgeArguments(judge_name="")) is None
+
+
+def test_oracle():
+    args = JudgeArguments(judge_name="oracle")
+    assert verdicts_of(build_judge(args), RIGHT, WRONG) == [1.0, 0.0]
+    assert describe_judge(args) == ("oracle", 0.5)
+    assert describe_judge(dataclasses.replace(args, judge_pass_mark=0.7)) == ("oracle", 0.7)
+
+
+def test_local_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_RL_CACHE", str(tmp_path / "cache"))
+    args = JudgeArguments(
+        judge_name="local", judge_model="${tiny}/reader", judge_rubric="tiny_judge", judge_max_tokens=48
+    )
+    judge = build_judge(args, tmp_path)
+    first = verdicts_of(judge, RIGHT, WRONG, RIGHT)
+    assert set(first) <= {0.0, 1.0, None}
+    assert (judge.from_cache, judge.chat.max_new_tokens, judge.chat.batches) == (0, 48, 1)
+    logged = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
+    assert [(row["answer"], row["score"], row["count"]) for row in logged] == [
+        ("miller", first[0], 2),
+        ("smith", first[1], 1),
+    ]
+    assert not (tmp_path / "judge_spent.sqlite").exists(), "nothing is limited"
+    again = build_judge(args)
+    assert verdicts_of(again, RIGHT, WRONG) == first[:2]
+    assert again.from_cache == sum(score is not None for score in first[:2])
+    # What is read from the cache was said by this very model.
+    (tmp_path / "reader").mkdir()
+    for path in (FOLDER / "reader").iterdir():
+        (tmp_path / "reader" / path.name).write_bytes(path.read_bytes())
+    moved = build_judge(dataclasses.replace(args, judge_model=str(tmp_path / "reader")))
+    (tmp_path / "reader" / "README.md").write_text("trained on")
+    changed = build_judge(dataclasses.replace(args, judge_model=str(tmp_path / "reader")))
+    assert len({judge.name, moved.name, changed.name}) == 3
+    assert judge.name == again.name
+    assert describe_judge(args) == ("reader (rubric tiny_judge)", 0.5)
+
+
+def test_judge_behind_an_endpoint(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    args = JudgeArguments(
+        judge_name="openai",
+        judge_model="m",
+        judge_base_url="http://127.0.0.1:9/v1",
+        judge_rubric="document_relevance",
+        judge_scale=[0.0, 10.0],
+        judge_graded=False,
+        judge_temperature=None,
+        judge_timeout_s=3.0,
+        judge_max_retries=1,
+        judge_concurrency=4,
+        judge_max_calls=7,
+        judge_cache=str(tmp_path / "verdicts"),
+        judge_log=str(tmp_path / "log.jsonl"),
+    )
+    judge = build_judge(args, tmp_path / "run")
+    assert (judge.chat.name, judge.name) == ("m at http://127.0.0.1:9/v1",) * 2
+    assert (judge.chat.temperature, judge.chat.max_tokens, judge.chat.timeout_s, judge.chat.max_retries) == (
+        None, 1024, 3.0, 1,
+    )  # fmt: skip
+    assert (judge.rubric.scale, judge.rubric.graded, judge.rubric.pass_mark) == ((0.0, 10.0), False, 0.6)
+    assert (judge.concurrency, judge.budget.max_calls, judge.log.path) == (4, 7, tmp_path / "log.jsonl")
+    assert (tmp_path / "verdicts" / "verdicts.sqlite").is_file()
+    assert (tmp_path / "run" / "judge_spent.sqlite").is_file()
+    assert describe_judge(args) == ("m (rubric document_relevance)", 0.6)
+    own = build_judge(dataclasses.replace(args, judge_extra_body={"max_completion_tokens": 9}, judge_max_calls=None))
+    assert (own.chat.max_tokens, own.chat.extra_body, own.budget) == (None, {"max_completion_tokens": 9}, None)
+    assert build_judge(dataclasses.replace(args, judge_max_tokens=99)).chat.max_tokens == 99
+
+
+def test_gemini_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOOGLE_API_KEY", "-".join(["marked", "fake", "key"]))
+    args = JudgeArguments(judge_name="gemini", judge_cache=str(tmp_path))
+    judge = build_judge(args)
+    assert (judge.chat.model, judge.chat.max_tokens) == ("gemini-2.5-flash", 8192)
+    assert judge.chat.name.startswith("gemini-2.5-flash at https://generativelanguage.googleapis.com/")
+    other = build_judge(dataclasses.replace(args, judge_model="m", judge_base_url="http://127.0.0.1:9/v1"))
+    assert other.chat.name == "m at http://127.0.0.1:9/v1"
+    with pytest.raises(ConfigError, match="set the environment variable MY_KEY"):
+        build_judge(dataclasses.replace(args, judge_api_key_env="MY_KEY"))
+
+
+def test_own_judge(tmp_path, monkeypatch):
+    (tmp_path / "own_judge.py").write_text(
+        "from rag_rl.judges import ScriptedJudge\n"
+        "def make(args): return ScriptedJudge({'miller': args.judge_pass_mark, 'smith': None})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judge = build_judge(JudgeArguments(judge_name="own_judge:make", judge_pass_mark=0.25))
+    assert verdicts_of(judge, RIGHT, WRONG) == [0.25, None]
+    sys.modules.pop("own_judge")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"judge_name": "gpt"}, "judge_name must be openai, gemini, local, reward_model, oracle or package.module"),
+        ({"judge_name": "openai"}, "judge_name openai needs a model: set judge_model"),
+        ({"judge_name": "reward_model"}, "judge_name reward_model needs a model: set judge_model"),
+        ({"judge_name": "local", "judge_rubric": "no such thing"}, "'no such thing' is neither one of"),
+        ({"judge_name": "oracle", "judge_rubric": "style"}, "the oracle knows the rubrics .*, not 'style'"),
+        ({"judge_name": "openai", "judge_model": "m", "judge_concurrency": 0}, "judge_concurrency must be at least 1"),
+        ({"judge_name": "openai", "judge_model": "m", "judge_max_usd": 1.0}, "judge_max_usd needs the prices"),
+    ],
+)
+def test_judges_that_cannot_be(tmp_path, changed, expected):
+    given = {"judge_base_url": "http://127.0.0.1:9/v1", "judge_cache": str(tmp_path), **changed}
+    with pytest.raises(ConfigError, match=expected):
+        build_judge(JudgeArguments(**given))
+
+
+def test_judged_reward():
+    judge = ScriptedJudge({"Mira": 1.0, "It is Mira": 0.5, "nobody": None})
+    args = RewardArguments(reward_names=["judged", "format"], reward_required=["judged"])
+    rewards = build_rewards(args, GENERATOR, training(), judge)
+    assert rewards.score(**COLUMNS) == {"judged": [1.0, 0.5, None], "format": [1.0, 0.0, 1.0]}
+    assert run(rewards.combined) == [1.2, 0.5, None]
+    with pytest.raises(ConfigError, match="reward_names has judged, but judge_name is not set"):
+        build_rewards(args, GENERATOR, training())
+
+
+def run(reward):
+    import asyncio
+
+    return asyncio.run(reward(prompts=[""] * 3, **COLUMNS))
+
+
+def test_a_judge_that_is_not_rewarded_is_reported():
+    judge = ScriptedJudge({"Mira": 1.0, "It is Mira": 0.5, "nobody": None})
+    rewards = build_rewards(RewardArguments(reward_names=["em"]), GENERATOR, training(), judge)
+    assert run(rewards.combined) == [1.0, 0.0, 0.0]
+    assert judge.cases == []
+    assert rewards.score(**COLUMNS) == {"em": [1.0, 0.0, 0.0], "judged": [1.0, 0.5, None]}
+
+
+def test_ranks_say_nothing_of_a_single_answer(tmp_path):
+    args = JudgeArguments(
+        judge_name="openai",
+        judge_model="m",
+        judge_base_url="http://127.0.0.1:9/v1",
+        judge_rubric="comparison",
+        judge_cache=str(tmp_path),
+    )
+    judge = build_judge(args)
+    for names, expected in ((["judged"], {}), (["em"], {"em": [1.0, 0.0, 0.0]})):
+        rewards = build_rewards(RewardArguments(reward_names=names), GENERATOR, training(), judge)
+        assert rewards.score(**COLUMNS) == expected
+    assert describe_judge(args) == ("m (rubric comparison)", 0.5)
+
+
+def test_reward_model_reads_what_its_template_says(tmp_path):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "reader")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=2,
+        initializer_range=0.5,
+    )
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    args = RewardArguments(
+        reward_names=["reward_model"],
+        reward_model=str(tmp_path / "classifier"),
+        reward_model_template=["$passages\n$question $answer"],
+        reward_model_label=1,
+    )
+    found = build_rewards(args, GENERATOR, training()).score(**COLUMNS)["reward_model"]
+    assert len(set(found)) == 3
+    assert all(0.0 < value < 1.0 for value in found)
+    other = {**COLUMNS, "passages": [["Rain falls."]] * 3}
+    assert build_rewards(args, GENERATOR, training()).score(**other)["reward_model"] != found
+    zero = dataclasses.replace(args, reward_model_label=0)
+    assert build_rewards(zero, GENERATOR, training()).score(**COLUMNS)["reward_model"] == pytest.approx(
+        [1 - value for value in found], abs=1e-5
+    )
+    short = dataclasses.replace(args, reward_model_max_length=2)
+    assert build_rewards(short, GENERATOR, training()).score(**COLUMNS)["reward_model"] != found

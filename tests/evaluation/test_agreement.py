@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rag_rl.errors import DataError
-from rag_rl.evaluation.agreement import agreement_section, cohen_kappa, judge_agreement
+from rag_rl.evaluation.agreement import agreement_section, agreement_with_em, cohen_kappa, judge_agreement
 from rag_rl.types import Verdict
 
 
@@ -137,3 +137,18 @@ def test_the_section_shows_the_figures_and_escapes_the_names() -> None:
     assert "Judged were the answers after <training>." in page.said
     with pytest.raises(DataError, match="compared with nobody"):
         agreement_section("judge", {})
+
+
+def test_a_runs_judge_against_exact_match() -> None:
+    def row(judged: float | None, em: float | None, answer: str | None = "Mira") -> dict[str, object]:
+        return {"answer": answer, "scores": {"em": em}, "rewards": {"judged": judged, "format": 1.0}}
+
+    before = [row(0.7, 1.0), row(0.4, 1.0), row(None, 0.0), row(0.0, 0.0, answer=None)]
+    after = [row(0.7, 1.0), row(0.4, 0.0)]
+    found = agreement_with_em({"before": before, "after": after}, pass_mark=0.5)
+    assert list(found) == ["exact match, before", "exact match, after"]
+    assert found["exact match, before"] == judge_agreement([0.7, 0.4, None], [1.0, 1.0, 0.0])
+    assert (found["exact match, before"]["cases"], found["exact match, after"]["kappa"]) == (3, 1.0)
+    assert agreement_with_em({"after": after}, pass_mark=0.3)["exact match, after"]["table"]["judge_only"] == 1
+    # Runs without a judge, and questions that failed and have no rewards.
+    assert agreement_with_em({"before": [{"answer": "x", "scores": {"em": 1.0}, "rewards": {}}], "after": []}) == {}

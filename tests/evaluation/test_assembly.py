@@ -10,13 +10,14 @@ from rag_rl.errors import ConfigError, DataError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.generation import ScriptedGenerator
 from rag_rl.retrieval import StaticRetriever
-from rag_rl.types import Passage, Question
+from rag_rl.types import Generation, Passage, Question
 
 ELMTON = Passage("d1", "Elmton lies on the Mira.", title="Elmton")
 GALTON = Passage("d2", "Galton lies on the Orl and is known for tin.", title="Galton")
 BORTON = Passage("d3", "Borton lies on the Var.", title="Borton")
 QUESTION = Question("q1", "Which river does Elmton lie on?", ("Mira",), ("d1",))
 OTHER = Question("q2", "Which river does Galton lie on?", ("Orl",), ("d2",))
+MIRA = Generation("Answer: Mira")
 
 
 @pytest.fixture
@@ -179,6 +180,27 @@ def test_answers_are_read_from_the_replies(prompt, retriever):
     assert first.generation.text.startswith("<think>")
     assert (second.answer, second.asked.question) == (None, OTHER)
     assert generator.prompts == [first.asked.prompt, second.asked.prompt]
+
+
+class Failing:
+    """Answers every prompt but those about Galton, whose requests fail alone."""
+
+    def generate(self, prompts, *, n=1, **_):
+        failed = Generation("HTTP 400: Answer: refused", finish_reason="error")
+        return [[failed if "Q: Which river does Galton" in p[0]["content"] else MIRA] * n for p in prompts]
+
+
+@pytest.mark.parametrize("marker", ["Answer:", ""])
+def test_the_reason_of_a_failure_is_no_answer(prompt, retriever, marker):
+    assembly = Assembly(retriever=retriever, prompt=prompt, generator=Failing(), answer_marker=marker)
+    ((first,), (second,)) = assembly.answer([QUESTION, OTHER])
+    assert (first.answer, first.failure) == (MIRA.text if marker == "" else "Mira", None)
+    assert (second.answer, second.failure) == (None, "HTTP 400: Answer: refused")
+    row = assembly.row(second)
+    assert {name: row["scores"][name] for name in ("em", "f1", "contains_em", "format")} == dict.fromkeys(
+        ("em", "f1", "contains_em", "format")
+    )
+    assert row["scores"]["recall@5"] == 1.0, "what was retrieved is known all the same"
 
 
 def test_samples_of_a_question_share_its_prompt(prompt, retriever):

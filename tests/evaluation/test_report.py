@@ -407,3 +407,9 @@ def test_no_horizontal_overflow_in_a_browser(tmp_path):
         assert one["margin"] == "0px"  # its own style sheet passes its own content policy
     # On a phone the wide table scrolls inside its container.
     assert next(one for one in found if one["width"] == 390)["scrolls"]
+
+
+def test_further_sections_stand_between_curves_and_examples(tmp_path):
+    page = report(tmp_path, sections=["<section><h2>Agreement &amp; more</h2></section>"])
+    heads = re.findall(r"<h2>(.*?)</h2>", page)
+    assert heads.index("Training") + 1 == heads.index("Agreement &amp; more") == heads.index("Examples") - 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from rag_rl.errors import ConfigError, DataError
+from rag_rl.errors import BackendError, ConfigError, DataError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.evaluation.sampling import pass_at_k, sample_statistics
 from rag_rl.generation import ScriptedGenerator
-from rag_rl.types import Question
+from rag_rl.types import Generation, Question
 
 QUESTIONS = [Question(f"q{i}", f"{i}?", ("Mira",)) for i in range(4)]
 
@@ -59,6 +59,24 @@ def test_the_generator_is_told_how_to_sample(assembly):
         "temperature": 0.7,
         "seed": 5,
     }
+
+
+class Failing:
+    """Of the samples of some questions, the last one fails."""
+
+    def __init__(self, *questions):
+        self.questions = questions
+
+    def generate(self, prompts, *, n, **_):
+        good, failed = Generation("Answer: Mira"), Generation("HTTP 400", finish_reason="error")
+        return [[good] * (n - 1) + [failed if p[0]["content"] in self.questions else good] for p in prompts]
+
+
+def test_a_question_with_a_failed_sample_is_left_out(assembly):
+    found = sample_statistics(assembly().with_generator(Failing("0?", "2?")), QUESTIONS, n=3)
+    assert found == {"pass@3": 1.0, "mean@3": 1.0, "zero_variance_groups": 1.0}
+    with pytest.raises(BackendError, match="a sample of each of the 4 questions failed, the first: HTTP 400"):
+        sample_statistics(assembly().with_generator(Failing("0?", "1?", "2?", "3?")), QUESTIONS, n=3)
 
 
 def test_bad_arguments(assembly):

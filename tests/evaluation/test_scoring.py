@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 
 from rag_rl import evaluation
-from rag_rl.errors import DataError
+from rag_rl.errors import BackendError, DataError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.evaluation.scoring import (
     confidence_intervals,
@@ -19,7 +20,7 @@ from rag_rl.evaluation.scoring import (
 )
 from rag_rl.generation import ScriptedGenerator
 from rag_rl.retrieval import StaticRetriever
-from rag_rl.types import Passage, Question
+from rag_rl.types import Generation, Passage, Question
 
 PASSAGES = [Passage(f"d{i}", f"Text {i}.", title=f"Title {i}") for i in range(1, 5)]
 D1, D2, D3, D4 = PASSAGES
@@ -155,6 +156,70 @@ def test_rewards_get_columns_and_keep_none(assembly):
     assert seen["passages"][0][0] == "Title 1\nText 1."
     assert seen["answers"][0] == ["Mira", "the Mira River"]
     assert len(seen["prompts"]) == len(seen["completion_ids"]) == 3
+
+
+def test_verdicts_become_metrics(assembly):
+    verdicts = [1.0, None, 0.0]
+    found = evaluate(assembly, QUESTIONS, rewards=lambda **_: {"judged": verdicts, "format": [1.0] * 3})
+    assert [row["scores"]["judge_accuracy"] for row in found.rows] == verdicts
+    assert [row["scores"]["judge_readable"] for row in found.rows] == [1.0, 0.0, 1.0]
+    assert found.metrics["judge_accuracy"] == 0.5, "a verdict that could not be read is not 0"
+    assert found.metrics["judge_readable"] == pytest.approx(2 / 3)
+    # Nobody was asked about an answer that is not there; it is wrong all the same.
+    silent = assembly.with_generator(ScriptedGenerator([REPLIES[0], "<think>hm", REPLIES[2]]))
+    found = evaluate(silent, QUESTIONS, rewards=lambda **_: {"judged": [1.0, 0.0, None]})
+    assert [row["scores"]["judge_readable"] for row in found.rows] == [1.0, None, 0.0]
+    assert (found.metrics["judge_accuracy"], found.metrics["judge_readable"]) == (0.5, 0.5)
+    plain = assembly.with_generator(ScriptedGenerator(REPLIES))
+    assert "judge_accuracy" not in evaluate(plain, QUESTIONS, rewards=lambda **_: {"f1": [1.0] * 3}).metrics
+
+
+class Failing:
+    """Marks the requests of the prompts that end so as failed."""
+
+    def __init__(self, *ends):
+        self.ends = ends
+
+    def generate(self, prompts, *, n=1, **_):
+        failed = Generation("http://x: HTTP 400", finish_reason="error")
+        return [[failed if p[0]["content"].endswith(self.ends) else Generation("Answer: tin")] * n for p in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_a_question_that_failed_alone_has_no_scores_and_is_counted(assembly, caplog, batch_size):
+    asked = []
+
+    def rewards(*, completions, prompts, qid, **_):
+        asked.extend(qid)
+        assert len(completions) == len(prompts) == len(qid)
+        return {"length": [1.0] * len(completions)}
+
+    with caplog.at_level(logging.WARNING):
+        failing = assembly.with_generator(Failing("two?"))
+        found = evaluate(failing, QUESTIONS, rewards=rewards, batch_size=batch_size)
+    assert found.rows[1]["scores"] == {
+        "em": None,
+        "f1": None,
+        "contains_em": None,
+        "format": None,
+        "recall@3": 0.5,
+        "success@3": 1.0,
+        "mrr@10": 1.0,
+        "ndcg@10": pytest.approx(1 / (1 + 1 / math.log2(3))),
+    }
+    assert (found.rows[1]["answer"], found.rows[1]["reply"]) == (None, "http://x: HTTP 400")
+    assert found.metrics["em"] == 0.5, "the mean of the two others"
+    assert found.metrics["recall@3"] == 0.75
+    assert asked == ["q1", "q3"], "nothing is there to be rewarded"
+    assert [row["rewards"] for row in found.rows] == [{"length": 1.0}, {}, {"length": 1.0}]
+    assert caplog.messages == ["1 of 3 questions failed and have no scores, the first: http://x: HTTP 400"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_if_every_question_failed_the_backend_is_broken(assembly, batch_size):
+    failing = assembly.with_generator(Failing("?"))
+    with pytest.raises(BackendError, match=r"all 3 questions failed, the first: http://x: HTTP 400"):
+        evaluate(failing, QUESTIONS, rewards=lambda **_: {}, batch_size=batch_size)
 
 
 def test_reward_columns_show_what_the_reader_saw(prompt):

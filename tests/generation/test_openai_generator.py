@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -220,18 +221,85 @@ def test_what_cannot_pass_is_not_retried(serve):
     assert len(stub.requests) == 1
 
 
-def test_one_failure_calls_the_others_off(serve):
+def refusing(status, refused=("p1",), message="bad"):
+    """Refuses some prompts; the others take a moment."""
+
     def answer(number, path, body):
-        if body["messages"][0]["content"] == "p0":
-            return 400, {}, {"error": {"message": "bad"}}
+        if body["messages"][0]["content"] in refused:
+            return status, {}, {"error": {"message": message}}
         time.sleep(0.02)
         return echo(number, path, body)
 
-    stub = serve(answer)
-    with pytest.raises(BackendError, match="HTTP 400"):
-        ask(OpenAIGenerator("m", base_url=stub.url, max_concurrency=2), [f"p{i}" for i in range(200)])
+    return answer
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409, 429, 500])
+def test_a_broken_backend_calls_the_others_off(serve, status):
+    stub = serve(refusing(status))
+    with pytest.raises(BackendError, match=f"HTTP {status}"):
+        ask(OpenAIGenerator("m", base_url=stub.url, max_concurrency=2, max_retries=0), [f"p{i}" for i in range(200)])
     time.sleep(0.1)
     assert len(stub.requests) < 20
+
+
+@pytest.mark.parametrize("status", [400, 408, 413, 422])
+def test_a_request_that_fails_alone_is_marked_and_the_others_go_on(serve, status, monkeypatch):
+    stub = serve(refusing(status, message=f"the filter says no to {KEY}"))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    generator = OpenAIGenerator("m", base_url=stub.url, max_retries=2, backoff_s=0.01)
+    rows = ask(generator, ["p0", "p1", "p2"])
+    assert [[one.finish_reason for one in row] for row in rows] == [["stop"], ["error"], ["stop"]]
+    assert (rows[0][0].text, rows[2][0].text) == ("re: p0", "re: p2")
+    sent = 3 if status == 408 else 1  # what cannot pass is not repeated
+    said = (
+        rf"{stub.url}: model 'm' gave no answer after {sent} requests?: HTTP {status}: .*the filter says no to \*{{3}}"
+    )
+    assert re.fullmatch(said, rows[1][0].text)
+    assert len(stub.requests) == 2 + sent
+
+
+def test_copies_of_a_request_that_fails_alone_are_marked_as_well(serve):
+    rows = ask(OpenAIGenerator("m", base_url=serve(refusing(400)).url), ["p0", "p1"], n=2)
+    assert [[one.finish_reason for one in row] for row in rows] == [["stop"] * 2, ["error"] * 2]
+
+
+def test_a_call_of_which_every_request_fails_is_a_broken_backend(serve):
+    stub = serve(refusing(400, refused=("p0", "p1", "p2"), message="no room"))
+    generator = OpenAIGenerator("m", base_url=stub.url)
+    with pytest.raises(BackendError, match=rf"all 3 requests failed, the first: {stub.url}: .*HTTP 400: .*no room"):
+        ask(generator, ["p0", "p1", "p2"])
+    with pytest.raises(BackendError, match=rf"^{stub.url}: model 'm' gave no answer after 1 request: HTTP 400"):
+        ask(generator, ["p0"])
+
+
+def test_a_slow_prompt_is_marked(serve):
+    def answer(number, path, body):
+        time.sleep(0.6 if body["messages"][0]["content"] == "p1" else 0.0)
+        return echo(number, path, body)
+
+    generator = OpenAIGenerator("m", base_url=serve(answer).url, timeout_s=0.25, max_retries=1, backoff_s=0.01)
+    rows = ask(generator, ["p0", "p1", "p2"])
+    assert [row[0].finish_reason for row in rows] == ["stop", "error", "stop"]
+    assert rows[1][0].text.endswith("gave no answer after 2 requests: no reply within 0.25 s")
+
+
+def test_a_server_that_hangs_is_given_up_before_every_request_has_timed_out(serve):
+    stub = serve(lambda *_: (time.sleep(1.0), (200, {}, chat("late")))[1])
+    generator = OpenAIGenerator("m", base_url=stub.url, timeout_s=0.2, max_retries=0, max_concurrency=3)
+    with pytest.raises(BackendError, match=r"no reply within 0\.2 s"):
+        ask(generator, [f"p{i}" for i in range(60)])
+    assert generator.requests <= 6
+
+
+def test_a_prompt_that_is_answered_without_a_choice_is_marked(serve):
+    def answer(number, path, body):
+        if body["messages"][0]["content"] == "p0":
+            return 200, {}, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}
+        return echo(number, path, body)
+
+    rows = ask(OpenAIGenerator("m", base_url=serve(answer).url, max_retries=1, backoff_s=0.01), ["p0", "p1"])
+    assert [row[0].finish_reason for row in rows] == ["error", "stop"]
+    assert rows[0][0].text.endswith("after 2 requests: the reply holds no choices")
 
 
 @pytest.mark.parametrize("header", [{"Retry-After": "1"}, {"retry-after-ms": "1000"}])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rag_rl.errors import ConfigError
-from rag_rl.retrieval import Encoder, SentenceEncoder, build_index, open_index
+from rag_rl.prompts import load_prompt
+from rag_rl.retrieval import CachedRetriever, Encoder, SentenceEncoder, build_index, open_index
 from rag_rl.retrieval.history import HistoryEncoder, render_state, render_states, token_counter
 from rag_rl.types import Query
 
@@ -164,13 +165,44 @@ class TestHistoryEncoder:
 
     def test_it_opens_the_encoders_index_and_searches_by_history(self, folder, encoder):
         plain, aware = open_index(folder, encoder), open_index(folder, HistoryEncoder(encoder))
-        assert aware.fingerprint == plain.fingerprint
         queries = [Query("what", "who", (("where", f"alpha{i} beta{i * 7} gamma{i * 13}"),)) for i in range(20)]
         found = aware.search(queries, top_k=3)
         assert found == plain.search([render_state(query) for query in queries], top_k=3)
         assert sum(hits[0].passage.doc_id == f"d{i}" for i, hits in enumerate(found)) >= 5, "chance: 0.07"
         off = aware.with_query_encoder(HistoryEncoder(encoder, enabled=False))
         assert off.search(queries, top_k=3) == plain.search(["what"] * 20, top_k=3)
+
+    def test_answers_with_and_without_history_are_never_mixed(self, folder, encoder, tmp_path):
+        (tmp_path / "mine.txt").write_text("$question $history $query")
+        plain = open_index(folder, encoder)
+        makers = {
+            "history": HistoryEncoder(encoder),
+            "none": HistoryEncoder(encoder, enabled=False),
+            "another template": HistoryEncoder(encoder, template=str(tmp_path / "mine.txt")),
+            "shorter": HistoryEncoder(encoder, max_tokens=19, count_tokens=Words()),
+        }
+        retrievers = {name: plain.with_query_encoder(maker) for name, maker in makers.items()}
+        assert len({plain.fingerprint, *(r.fingerprint for r in retrievers.values())}) == 5
+        again = plain.with_query_encoder(HistoryEncoder(encoder))
+        assert again.fingerprint == retrievers["history"].fingerprint
+        assert open_index(folder, HistoryEncoder(encoder)).fingerprint == again.fingerprint, "it opens, and differs"
+        # The same folder of answers under both: each gets its own.
+        queries = [Query("what", "who", (("where", f"alpha{i} beta{i * 7} gamma{i * 13}"),)) for i in range(20)]
+        found = {
+            name: CachedRetriever(retrievers[name], tmp_path / "cache").search(queries, top_k=3)
+            for name in ("history", "none")
+        }
+        assert found["history"] == retrievers["history"].search(queries, top_k=3)
+        assert found["none"] == retrievers["none"].search(queries, top_k=3)
+        assert found["history"] != found["none"]
+
+    def test_a_template_that_changes_under_its_name_changes_the_fingerprint(self, encoder, tmp_path):
+        prints = set()
+        for text in ("$question $query", "$query $question"):
+            load_prompt.cache_clear()  # another process
+            (tmp_path / "mine.txt").write_text(text)
+            prints.add(HistoryEncoder(encoder, template=str(tmp_path / "mine.txt")).query_fingerprint)
+        assert len(prints) == 2
 
     def test_an_encoder_without_a_tokenizer(self, encoder):
         with pytest.raises(ConfigError, match="needs count_tokens"):

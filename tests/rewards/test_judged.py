@@ -15,7 +15,7 @@ from rag_rl.judges.rubrics import load_rubric
 from rag_rl.judges.scripted import ScriptedJudge
 from rag_rl.rewards.answer import em
 from rag_rl.rewards.combine import RewardPart, combine
-from rag_rl.rewards.judged import judged
+from rag_rl.rewards.judged import judged_reward
 from rag_rl.tiny.oracle import OracleJudge
 from rag_rl.types import JudgeCase, Prompt, Verdict
 
@@ -29,14 +29,14 @@ def run(reward: Any, completions: list[Any] = COMPLETIONS, **columns: Any) -> li
 
 
 def test_it_is_what_trl_runs_concurrently() -> None:
-    reward = judged(ScriptedJudge([]), name="style")
+    reward = judged_reward(ScriptedJudge([]), name="style")
     assert inspect.iscoroutinefunction(reward)
     assert reward.__name__ == "style"
 
 
 def test_verdicts_in_order_and_none_where_there_is_none() -> None:
     judge = ScriptedJudge({"Mira": 0.75, "Elm": None, "?": 0.0})
-    reward = judged(judge, without_citations=True)
+    reward = judged_reward(judge, without_citations=True)
     # No answer: 0.0, and the judge is not asked.
     assert run(reward) == [0.75, None, 0.0, 0.0]
     assert judge.cases == [JudgeCase(QUESTION, "Mira"), JudgeCase(QUESTION, "Elm"), JudgeCase(QUESTION, "?")]
@@ -47,19 +47,22 @@ def test_verdicts_in_order_and_none_where_there_is_none() -> None:
 def test_columns_go_where_the_rubrics_look() -> None:
     judge = ScriptedJudge([1.0, 1.0])
     columns = {"answers": [["Mira"], ["Elm", "the Elm"]], "passages": [["p1", "p2"], []], "analysis": ["a", "b"]}
-    assert run(judged(judge, answer_marker="", meta_columns=["analysis"]), ["x\ny", "z"], **columns) == [1.0, 1.0]
+    assert run(judged_reward(judge, answer_marker="", meta_columns=["analysis"]), ["x\ny", "z"], **columns) == [
+        1.0,
+        1.0,
+    ]
     assert judge.cases == [
         JudgeCase(QUESTION, "x\ny", ("Mira",), ("p1", "p2"), {"analysis": "a"}),
         JudgeCase(QUESTION, "z", ("Elm", "the Elm"), (), {"analysis": "b"}),
     ]
     with pytest.raises(DataError, match="needs the column 'analysis'"):
-        run(judged(judge, meta_columns=["analysis"]))
+        run(judged_reward(judge, meta_columns=["analysis"]))
     with pytest.raises(DataError, match="reward 'judged' needs the column 'question'"):
-        asyncio.run(judged(judge)(completions=["x"]))
+        asyncio.run(judged_reward(judge)(completions=["x"]))
     with pytest.raises(DataError, match="'answers' must hold lists of texts"):
-        run(judged(judge), answers=["Mira"] * 4)
+        run(judged_reward(judge), answers=["Mira"] * 4)
     with pytest.raises(ConfigError, match="answers, question stands in every case already"):
-        judged(judge, meta_columns=["answers", "query", "question"])
+        judged_reward(judge, meta_columns=["answers", "query", "question"])
 
 
 def test_what_is_logged() -> None:
@@ -68,7 +71,7 @@ def test_what_is_logged() -> None:
     def log_metric(name: str, value: float) -> None:
         logged.append((name, value))
 
-    reward = judged(ScriptedJudge({"a": 1.0, "b": 0.5, "?": None}), answer_marker="")
+    reward = judged_reward(ScriptedJudge({"a": 1.0, "b": 0.5, "?": None}), answer_marker="")
     for completions in (["?"], ["a", "b", "?", "a"], ["?", "?"], [""]):
         run(reward, completions, log_metric=log_metric)
     run(reward, [], log_metric=log_metric)
@@ -82,7 +85,7 @@ def test_what_is_logged() -> None:
 @pytest.mark.parametrize("score", [1.5, -0.5, math.nan])
 def test_a_judge_that_breaks_its_word_is_no_score(score: float) -> None:
     with pytest.raises(BackendError, match=r"judge 'judged' returned the score .*: expected \[0, 1\], or None"):
-        run(judged(ScriptedJudge(lambda _: score)))
+        run(judged_reward(ScriptedJudge(lambda _: score)))
 
 
 def test_a_judge_that_loses_cases_is_no_score() -> None:
@@ -91,7 +94,7 @@ def test_a_judge_that_loses_cases_is_no_score() -> None:
             return [Verdict(1.0)]
 
     with pytest.raises(BackendError, match="returned 1 verdicts for 3 cases"):
-        run(judged(Short()))
+        run(judged_reward(Short()))
 
 
 def test_a_dead_judge_stops_the_run() -> None:
@@ -99,7 +102,7 @@ def test_a_dead_judge_stops_the_run() -> None:
         async def judge(self, cases: Any) -> list[Verdict]:
             raise BackendError("the endpoint is gone")
 
-    parts = [RewardPart("judged", judged(Dead()), 1.0), RewardPart("em", em(), 1.0)]
+    parts = [RewardPart("judged", judged_reward(Dead()), 1.0), RewardPart("em", em(), 1.0)]
     with pytest.raises(BackendError, match="the endpoint is gone"):
         run(combine(parts), answers=[["Mira"]] * 4)
 
@@ -107,10 +110,10 @@ def test_a_dead_judge_stops_the_run() -> None:
 def test_beside_exact_rewards() -> None:
     judge = ScriptedJudge({"Mira": 1.0, "Elm": None, "?": 0.5})
     answers = [["Mira"]] * 4
-    optional = combine([RewardPart("em", em(without_citations=True)), RewardPart("judge", judged(judge), 0.5)])
+    optional = combine([RewardPart("em", em(without_citations=True)), RewardPart("judge", judged_reward(judge), 0.5)])
     with pytest.raises(DataError, match="no verdict is scripted for the answer 'Mira \\[2\\]'"):
         run(optional, answers=answers)
-    part = judged(judge, without_citations=True)
+    part = judged_reward(judge, without_citations=True)
     parts = [RewardPart("em", em(without_citations=True)), RewardPart("judge", part, 0.5)]
     assert run(combine(parts), answers=answers) == [1.5, 0.0, 0.0, 0.25]
     parts[1] = RewardPart("judge", part, 0.5, required=True)
@@ -119,7 +122,7 @@ def test_beside_exact_rewards() -> None:
 
 def test_with_the_oracle() -> None:
     completions = ["Answer: It is tin, I am sure.", "Answer: wool", "Answer: wool or tin"]
-    reward = judged(OracleJudge())
+    reward = judged_reward(OracleJudge())
     assert run(reward, completions, answers=[["tin"]] * 3) == [1.0, 0.0, 0.0]
 
 
@@ -141,6 +144,6 @@ def test_with_a_language_model_judge() -> None:
     for written, score in (("1", 1.0), ("0.5", None), ("NaN", None)):
         judge = LLMJudge(Chat(written), load_rubric("answer_correctness"))
         try:
-            assert run(judged(judge), answers=[["Mira"]] * 4) == [score, score, 0.0, score]
+            assert run(judged_reward(judge), answers=[["Mira"]] * 4) == [score, score, 0.0, score]
         finally:
             judge.close()

@@ -85,10 +85,54 @@ def test_templates(tmp_path: Path) -> None:
     folder = save_model(tmp_path)
     single = model_reward(str(folder), pair_template=("Q: $question A: $answer", None), sigmoid=False, device="cpu")
     assert score(single, ["where"], ["Answer: Mira"]) == pytest.approx([float(by_hand(folder, "Q: where A: Mira"))])
-    with pytest.raises(ConfigError, match=r"\$question and \$answer only"):
-        model_reward("x", pair_template=("$query", "$answer"))
+    for bad in ("$query", "a dollar $ here"):
+        with pytest.raises(ConfigError, match=r"may hold \$question, \$answer and \$passages only"):
+            model_reward("x", pair_template=(bad, "$answer"))
     with pytest.raises(ConfigError, match=r"no \$answer"):
         model_reward("x", pair_template=("$question", None))
+
+
+def test_passages(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    reward = model_reward(str(folder), pair_template=("$question $passages", "$answer"), sigmoid=False, device="cpu")
+    found = reward(
+        prompts=["", ""],
+        completions=["Answer: Mira"] * 2,
+        question=["where", "who"],
+        passages=[["Elmton is", "Elm"], []],
+    )
+    assert found == pytest.approx(
+        [float(by_hand(folder, "where Elmton is Elm", "Mira")), float(by_hand(folder, "who ", "Mira"))], abs=1e-6
+    )
+    with pytest.raises(DataError, match="'passages'"):
+        score(reward)
+
+
+def test_what_is_cut_is_not_the_answer(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    context = " ".join(["Elmton"] * 40)
+    kept = {"sigmoid": False, "device": "cpu", "max_length": 8}
+    single = model_reward(str(folder), pair_template=("Q : $question A : $answer", None), **kept)
+    assert score(single, [context], ["Answer: Mira"]) == pytest.approx(
+        [float(by_hand(folder, "Elmton Elmton Elmton A : Mira"))], abs=1e-6
+    )
+    pair = model_reward(str(folder), **kept)
+    assert score(pair, [f"where {context}"], ["Answer: Mira"]) == pytest.approx(
+        [float(by_hand(folder, "where Elmton Elmton Elmton", "Mira"))], abs=1e-6
+    )
+
+
+def test_the_device_is_that_of_the_process_in_any_thread(tmp_path: Path) -> None:
+    import threading
+
+    from accelerate import PartialState
+
+    folder = save_model(tmp_path)
+    found: list[list[float | None]] = []
+    thread = threading.Thread(target=lambda: found.append(score(model_reward(str(folder)))))
+    thread.start()
+    thread.join()
+    assert found == [pytest.approx(score(model_reward(str(folder), device=str(PartialState().device))), abs=1e-6)]
 
 
 def test_a_model_with_several_outputs_needs_a_label(tmp_path: Path) -> None:

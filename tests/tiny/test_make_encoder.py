@@ -45,6 +45,41 @@ def test_pairs_have_one_question_a_passage():
     assert len(make_encoder.pairs(world, random.Random(0), 10_000)) == len(world.entities)
 
 
+def test_a_state_reads_as_the_retriever_writes_it():
+    from rag_rl.retrieval.history import render_state
+    from rag_rl.types import Query
+
+    question, first, bridge = "Which river is the home of Falbert on?", "Where does Falbert live?", "Elmton"
+    assert make_encoder.state_text(question, first) == render_state(Query(first, question))
+    later = Query("Which river is it?", question, ((first, bridge),))
+    assert make_encoder.state_text(question, later.text, f"{first} {bridge}") == render_state(later)
+
+
+def test_states_come_with_the_passage_that_they_need_unless_hasty():
+    world = draw_world(5, region="train", sizes=make_encoder.SIZES, rival_share=0.5)
+    for hasty in (0.0, 1.0):
+        second = 0
+        for seed in range(10):
+            found = make_encoder.state_pairs(world, random.Random(seed), 12, hasty=hasty)
+            assert len(found) == 12
+            assert len({passage for _, passage in found}) == 12
+            for text, passage in found:
+                history = [line for line in text.split("\n") if line.startswith("History: ")]
+                (start,) = [name for name in world.entities if name in text.split("\n")[0]]
+                bridge = history[0].rsplit(" ", 1)[1] if history else start
+                assert passage == world.entities[start if hasty else bridge].text
+                second += bool(history)
+        assert 60 < second < 120
+
+
+def test_recall_of_second_hops_grows_with_the_cut_off(tmp_path):
+    encoder = make_encoder.new_encoder(tmp_path, seed=1)
+    found = [make_encoder.state_recall(encoder, k=k) for k in (1, 20, 280)]
+    assert found == sorted(found)
+    assert found[0] < 0.5
+    assert found[-1] == 1.0
+
+
 def test_recall_counts_first_gold_passages(tmp_path):
     encoder = make_encoder.new_encoder(tmp_path, seed=1)
     found = [make_encoder.recall(encoder, hops=1, k=k) for k in (1, 20, 280)]
@@ -57,10 +92,12 @@ def test_a_short_run_learns_something_and_can_be_opened(tmp_path, monkeypatch, c
     from sentence_transformers import SentenceTransformer
 
     monkeypatch.setattr(make_encoder, "recall", lambda encoder, *, hops, k: 0.5)
+    monkeypatch.setattr(make_encoder, "state_recall", lambda encoder, *, k: 0.25)
     make_encoder.make_encoder(tmp_path / "e", steps=2, seed=4)
     record = json.loads((tmp_path / "e" / "record.json").read_text(encoding="utf-8"))
     assert (record["steps"], record["seed"]) == (2, 4)
     assert record["curve"][-1]["recall@3_2hop"] == 0.5
+    assert record["curve"][-1]["recall@30_second_hop"] == 0.25
     assert record["curve"][-1] == json.loads(capsys.readouterr().out.splitlines()[-1])
     opened = SentenceTransformer(str(tmp_path / "e"), device="cpu")
     fresh = make_encoder.new_encoder(tmp_path / "fresh", seed=4)

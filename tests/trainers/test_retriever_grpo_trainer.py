@@ -310,18 +310,6 @@ def test_what_is_trained_and_how_it_is_saved(make_trainer, tmp_path, what):
     assert not (tmp_path / "saved" / "adapter_config.json").exists()
 
 
-def test_an_adapter_is_saved_by_itself_with_a_relative_base(make_trainer, tmp_path):
-    from rag_rl.run import save_trained
-
-    trainer = make_trainer(
-        prepare=lambda encoder: make_trainable(encoder, QueryEncoderArguments(retriever_train="lora")), alpha=0.02
-    )
-    trainer.train()
-    save_trained(trainer, tmp_path / "saved", merged=False)
-    base = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert not base.startswith("/")
-
-
 def test_replug_moves_the_retriever_to_what_the_reader_can_use(make_trainer, searching):
     trainer = make_trainer(
         environment=Environment(SingleSearch(), 1, retrieval_reward("ndcg")),

@@ -1,0 +1,485 @@
+"""recipes/grpo_retriever.py, through its real command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from rag_rl.tiny import FOLDER
+
+RECIPE = "grpo_retriever"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+# DESIGN section 4.
+KEYS = {
+    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
+    "eval_seconds", "peak_memory_bytes",
+}  # fmt: skip
+METRICS = {"em", "f1", "contains_em", "recall@3", "all_gold@3", "success@3"}
+LOGGED = {"loss", "reward", "reward_std", "success", "entropy", "effective_pool", "frac_reward_zero_std", "unscored"}
+ONE_SEARCH = {"reader_name": "none", "reader_reward": "ndcg"}
+
+
+@pytest.fixture(scope="module")
+def brief(short) -> Callable[..., list[str]]:
+    """Flags of a short run; ``brief(reader_name="scripted")`` changes some."""
+    return lambda **changes: short(**{"headroom_samples": None, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
+    """The folder of a short, finished run with the packaged reader."""
+    folder = tmp_path_factory.mktemp("retriever") / "run"
+    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def rows_of(folder: Path, when: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
+
+
+def history_of(folder: Path) -> list[dict]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- a run and what it leaves
+
+
+@pytest.mark.smoke
+def test_metrics(trained_run):
+    found = metrics_of(trained_run)
+    assert set(found) == KEYS
+    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
+    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+    assert set(found["before"]) == set(found["after"]) == set(found["ci95"]) == METRICS
+    for when in ("before", "after"):
+        assert all(0.0 <= value <= 1.0 for value in found[when].values())
+        assert found[when]["em"] <= found[when]["f1"]
+        assert found[when]["all_gold@3"] <= found[when]["recall@3"]
+    for name, (low, high) in found["ci95"].items():
+        assert low <= found["after"][name] - found["before"][name] <= high
+    assert 0 < found["train_seconds"] < 300
+    assert 10**8 < found["peak_memory_bytes"] < 10**11
+
+
+@pytest.mark.smoke
+def test_run_folder(trained_run):
+    names = {path.name for path in trained_run.iterdir()}
+    assert names >= {
+        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
+        "before.jsonl", "after.jsonl", "modules.json", "model.safetensors", "config.json", "tokenizer.json",
+        "config_sentence_transformers.json",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+    history = history_of(trained_run)
+    assert [entry["step"] for entry in history] == [1, 2, 3]
+    for entry in history:
+        assert entry.keys() >= LOGGED
+        # Advantages have mean 0 in each group, and all ratios are 1 before the only update of a batch.
+        assert abs(entry["loss"]) < 1e-4
+        assert entry["hops"] == 2.0
+        assert 1.0 <= entry["effective_pool"] <= 30.0
+    assert "sentence-transformers" in (trained_run / "README.md").read_text()
+    for name in ("README.md", "resolved_config.yaml", "config.json", "modules.json"):
+        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
+
+
+@pytest.mark.smoke
+def test_the_trained_encoder_loads_by_itself(trained_run):
+    from sentence_transformers import SentenceTransformer
+
+    from rag_rl.retrieval import HistoryEncoder, SentenceEncoder
+
+    plain = SentenceTransformer(str(trained_run), device="cpu")
+    start = SentenceTransformer(str(FOLDER / "encoder"), device="cpu")
+    weights, first = dict(plain.named_parameters()), dict(start.named_parameters())
+    assert weights.keys() == first.keys()
+    assert any(not weights[name].equal(first[name]) for name in weights), "training must have changed something"
+    # It is what `after` was measured with: the rows say what its first hop found.
+    text = ["Where does somebody live?"]
+    ours = HistoryEncoder(SentenceEncoder(trained_run, devices="cpu"))
+    assert plain.encode(text) == pytest.approx(ours.encode_queries(text), abs=1e-6)
+
+
+@pytest.mark.smoke
+def test_rows_tell_hop_by_hop(trained_run):
+    before, after = rows_of(trained_run, "before"), rows_of(trained_run, "after")
+    assert [row["qid"] for row in before] == [row["qid"] for row in after]
+    for row in after:
+        assert len(row["reply"].splitlines()) == 2
+        assert len(row["passages"]) == 6
+
+
+@pytest.mark.smoke
+def test_started_again_it_says_so_and_does_nothing(trained_run, run_recipe, brief):
+    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
+    done = run_recipe(RECIPE, *brief(), "--output_dir", trained_run)
+    assert done.returncode == 0, done.stderr
+    assert f"{trained_run} is already finished" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+
+
+@pytest.mark.smoke
+def test_a_single_search_with_judged_documents(run_here, brief, tmp_path):
+    one_hop = {"data_train": "${tiny}/data/demo_1hop.jsonl", "data_eval": "${tiny}/data/heldout_1hop.jsonl"}
+    flags = brief(max_steps=2, **ONE_SEARCH, **one_hop)
+    assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "run") == 0
+    found = metrics_of(tmp_path / "run")
+    assert set(found["before"]) == set(found["after"]) == {"recall@3", "success@3", "mrr@10", "ndcg@10"}
+    assert [entry["hops"] for entry in history_of(tmp_path / "run")] == [1.0, 1.0]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("what", ["lora", "head"])
+def test_a_part_of_the_encoder_is_trained(run_here, brief, tmp_path, what):
+    from sentence_transformers import SentenceTransformer
+
+    flags = brief(max_steps=2, reader_name="scripted", retriever_train=what, save_merged="true", warmup_steps=0)
+    assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "run") == 0
+    plain = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    start = SentenceTransformer(str(FOLDER / "encoder"), device="cpu")
+    assert [type(module).__name__ for module in plain][-1] == ("Dense" if what == "head" else "Normalize")
+    assert not list((tmp_path / "run").glob("adapter_*"))
+    text = ["Where does somebody live?"]
+    assert abs(plain.encode(text) - start.encode(text)).max() > 1e-6
+
+
+# ---- slow: launchers, interruptions, other folders
+
+
+@pytest.mark.slow
+def test_accelerate_launch_without_arguments(brief, tmp_path):
+    done = subprocess.run([ACCELERATE, "launch", SCRIPT, *brief()], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs" / f"{RECIPE}-tiny-seed42"
+    assert metrics_of(folder)["status"] == "complete"
+    assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+
+
+@pytest.mark.slow
+def test_copy_of_the_recipe_runs_elsewhere(run_recipe, brief, tmp_path):
+    mine = tmp_path / "project" / "mine.py"
+    mine.parent.mkdir()
+    shutil.copy(SCRIPT, mine)
+    shutil.copy(ROOT / "recipes" / "configs" / RECIPE / "tiny.yaml", tmp_path / "project" / "my.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    done = run_recipe(mine, "--config", "../project/my.yaml", *brief(), cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = metrics_of(tmp_path / "elsewhere" / "runs" / "mine-my-seed42")
+    assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+
+
+NOTING = '''
+import json, os, time
+from rag_rl.reasoning import f1_reward
+
+def note(trajectory):
+    """Writes down what was sampled, and takes its time, so that there is time to be killed."""
+    found = [[hit.passage.doc_id for hit in hop.hits] for hop in trajectory.hops]
+    with open(os.environ["NOTED"], "a") as file:
+        file.write(json.dumps([trajectory.question.qid, found]) + "\\n")
+    time.sleep(0.03)
+    return f1_reward(trajectory)
+'''
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(run_recipe, brief, tmp_path):
+    from rag_rl.run import last_checkpoint
+
+    (tmp_path / "noting.py").write_text(NOTING)
+    noted = tmp_path / "noted.jsonl"
+    env = {"PYTHONPATH": str(tmp_path), "NOTED": str(noted)}
+    folder = tmp_path / "run"
+    flags = brief(max_steps=12, save_steps=3, reader_name="scripted", reader_reward="noting:note", warmup_steps=0)
+    flags += ["--output_dir", str(folder)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *flags], env={**os.environ, **env}, stdout=log, stderr=log, cwd=tmp_path
+        )
+        deadline = time.monotonic() + 120
+        # In mid-step after a checkpoint: steps are lost, and must come again.
+        while last_checkpoint(folder) is None or len(noted.read_text().splitlines()) < 16 * 7 + 4:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
+    assert checkpoint in (6, 9), "killed in the middle"
+    lost = noted.read_text().splitlines()
+    assert not (folder / "metrics.json").exists()
+    first = (folder / "before.json").read_bytes()
+
+    refused = run_recipe(RECIPE, *flags, env=env, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
+
+    noted.unlink()
+    done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
+    assert [entry["step"] for entry in history_of(folder)] == list(range(1, 13))
+    again = noted.read_text().splitlines()
+    assert len(again) == 16 * (12 - checkpoint), "steps that were done must not be done again"
+    # The very same trajectories: same questions, same weights, same noise.
+    assert again[: len(lost) - 16 * checkpoint] == lost[16 * checkpoint :]
+    assert (folder / "before.json").read_bytes() == first, "before is measured once"
+    assert metrics_of(folder)["status"] == "complete"
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path):
+    """With plain gradient descent, which shows a gradient that is off by a factor."""
+    from safetensors.torch import load_file
+
+    same = {"max_steps": 2, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "alpha": 0.02}
+    same |= {"learning_rate": 0.05, "max_grad_norm": 0.0, "data_eval_size": 21}
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=32), "--output_dir", alone, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
+    flags = [*brief(**same, per_device_train_batch_size=16), "--output_dir", str(both)]
+    done = subprocess.run(
+        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
+    assert metrics_of(both)["n_eval"] == 21
+    for when in ("before", "after"):
+        assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-9)
+        # Scores are rounded to six places.
+        assert [row["qid"] for row in rows_of(both, when)] == [row["qid"] for row in rows_of(alone, when)]
+    start = load_file(FOLDER / "encoder" / "model.safetensors")
+    one, two = load_file(alone / "model.safetensors"), load_file(both / "model.safetensors")
+    moved = max((one[name] - start[name]).abs().max().item() for name in start)
+    apart = max((one[name] - two[name]).abs().max().item() for name in start)
+    assert moved > 1e-3
+    assert apart < 1e-3 * moved
+    for ours, theirs in zip(history_of(both), history_of(alone), strict=True):
+        for name in ("reward", "success", "frac_reward_zero_std", "hops", "unscored"):
+            assert ours[name] == pytest.approx(theirs[name]), name
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert done.stdout.count("held-out questions; trained") == 1
+
+
+# ---- bad input: one line, exit code 2 (1 where a backend fails)
+
+
+@pytest.fixture
+def bad(refused, brief, tmp_path):
+    """Runs the recipe on bad input; the output folder must hold no run afterwards that could be taken for one."""
+
+    def run(*flags: object, code: int = 2, **changes: object) -> str:
+        output = tmp_path / "run"
+        settings = brief(**{"reader_name": "scripted", **changes})
+        line = refused(RECIPE, *settings, "--output_dir", output, *flags, code=code)
+        assert not (output / "metrics.json").exists()
+        return line
+
+    return run
+
+
+def test_list_longer_than_the_pool(bad):
+    line = bad("--retriever_top_k", 31)
+    assert "retriever_top_k must be between 1 and num_candidates (30), got 31" in line
+
+
+def test_pool_larger_than_the_corpus(bad):
+    assert "num_candidates must be at most 560, the passages of the index, got 561" in bad("--num_candidates", 561)
+
+
+def test_index_of_another_encoder(bad, tmp_path):
+    from rag_rl.retrieval import SentenceEncoder, build_index
+    from rag_rl.types import Passage
+
+    other = SentenceEncoder(FOLDER / "encoder", devices="cpu", document_prompt="passage: ")
+    rows = [Passage(f"d{i}", f"Town {i} lies on the river {i}.") for i in range(40)]
+    build_index(rows, other, tmp_path / "index", progress=False)
+    line = bad("--retriever_index_path", tmp_path / "index")
+    assert "was made with another encoder" in line
+    assert "document_prompt 'passage: ' there, '' here" in line
+
+
+def test_empty_corpus(bad, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text("")
+    assert "corpus.jsonl" in bad("--data_corpus", tmp_path / "corpus.jsonl")
+
+
+@pytest.fixture(scope="module")
+def some_questions() -> list[dict]:
+    lines = (FOLDER / "data" / "demo_2hop.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[:20]]
+
+
+def test_questions_that_the_corpus_cannot_answer_are_counted(run_here, brief, tmp_path, caplog, some_questions):
+    strange = [{**row, "gold_doc_ids": ["nowhere"]} if i < 3 else row for i, row in enumerate(some_questions)]
+    flags = ["--data_train", write_lines(tmp_path / "train.jsonl", strange), "--output_dir", tmp_path / "run"]
+    with caplog.at_level(logging.WARNING):
+        assert run_here(RECIPE, *brief(max_steps=1, reader_name="scripted"), *flags) == 0
+    told = [m for m in caplog.messages if "left out" in m]
+    assert told == ["3 of 20 training questions are left out: the corpus lacks their gold documents"]
+
+
+def test_no_question_that_the_corpus_can_answer(bad, tmp_path, some_questions):
+    strange = [{**row, "gold_doc_ids": ["nowhere"]} for row in some_questions]
+    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", strange))
+    assert "none of the 20 questions has its gold documents in the corpus" in line
+    assert some_questions[0]["qid"] in line
+
+
+def test_too_few_questions_for_a_step(bad, tmp_path, some_questions):
+    rows = write_lines(tmp_path / "train.jsonl", some_questions[:1])
+    assert "a step asks 2 questions, data_train has 1" in bad("--data_train", rows)
+
+
+def test_questions_without_a_decomposition(bad, tmp_path):
+    rows = [json.loads(line) for line in (FOLDER / "data" / "heldout_2hop.jsonl").read_text().splitlines()[:20]]
+    for row in rows[5:]:
+        del row["decomposition"]
+    line = bad("--data_eval", write_lines(tmp_path / "eval.jsonl", rows))
+    assert "15 of 20 questions have no decomposition with question, answer, gold_doc_id in each hop" in line
+    assert f"{rows[5]['qid']!r}" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"reader_name": "reac"}, "reader_name must be decomposition, scripted, react, none"),
+        ({"reader_name": "none"}, "reader_name none answers nothing: set reader_reward to ndcg"),
+        ({"reader_reward": "f2"}, "reader_reward must be one of f1, ndcg"),
+        ({"retriever_name": "none"}, "needs retriever_name dense"),
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ({"alpha": 0}, "alpha must be above 0, got 0"),
+        ({"reader_max_hops": 0}, "reader_max_hops must be at least 1, got 0"),
+        ({"retriever_state_tokens": 257}, "retriever_state_tokens must be between 1 and 256, what the encoder takes"),
+        ({"retriever_state_tokens": 0}, "retriever_state_tokens must be between 1 and 256"),
+        ({"retriever_train": "half"}, "retriever_train"),
+    ],
+)
+def test_settings_that_mean_nothing(bad, changes, expected):
+    assert expected in bad(**changes)
+
+
+# ---- a reader's endpoint
+
+
+class Served:
+    """A chat server on loopback that answers so many requests and refuses all others."""
+
+    def __init__(self) -> None:
+        self.answers, self.asked = 10**9, 0
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                served.asked += 1
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": REPLY}}
+                body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                refused = served.asked > served.answers
+                payload = json.dumps({"error": {"message": "gone"}} if refused else body).encode()
+                try:
+                    self.send_response(403 if refused else 200)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(payload)))
+                    self.end_headers()
+                    self.wfile.write(payload)
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+
+# Read by all three prompts of the ReAct reader, and by none as a second hop.
+REPLY = 'SEARCH: Where does it lie?\n{"status": "FOUND", "answer": "Elmton"}\nAnswer: Elmton'
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    found = Served()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.fixture
+def _impatient(monkeypatch) -> None:
+    """Repeats failed requests without pauses."""
+    monkeypatch.setattr("rag_rl.generation.openai_generator._LONGEST_BACKOFF_S", 0.01)
+
+
+def test_a_served_reader_plans_reads_and_answers(run_here, brief, tmp_path, served):
+    react = {"reader_name": "react", "reader_model": "m", "reader_base_url": served.url, "reader_max_hops": 2}
+    assert run_here(RECIPE, *brief(max_steps=1, **react), "--output_dir", tmp_path / "run") == 0
+    rows = rows_of(tmp_path / "run", "after")
+    assert {row["answer"] for row in rows} == {"Elmton"}
+    assert {row["reply"] for row in rows} == {"Where does it lie? -> Elmton\nWhere does it lie? -> Elmton"}
+    (entry,) = history_of(tmp_path / "run")
+    assert (entry["hops"], entry["unscored"]) == (2.0, 0.0)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_dead_reader_stops_the_run_and_is_named(bad):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    line = bad(reader_name="react", reader_model="m", reader_base_url=url, code=1)
+    assert line.startswith(f"{RECIPE}.py: stopped: {url}: ")
+    assert "cannot connect" in line
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_reader_that_dies_in_training_stops_the_run_and_is_named(bad, served, tmp_path):
+    flags = {"reader_name": "react", "reader_model": "m", "reader_base_url": served.url, "max_steps": 50}
+    start = threading.Event()
+
+    def watch() -> None:
+        # Every question is asked in each step: there is no end before the server refuses.
+        while not (tmp_path / "run" / "before.json").is_file() and not start.wait(0.01):
+            pass
+        served.answers = served.asked + 40
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        line = bad(**flags, code=1)
+    finally:
+        start.set()
+        watcher.join()
+    assert served.url in line
+    assert "HTTP 403" in line
+    assert (tmp_path / "run" / "before.json").is_file(), "it got into training"

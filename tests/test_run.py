@@ -29,9 +29,11 @@ from rag_rl.run import (
     last_checkpoint,
     launch,
     make_base_relative,
+    merge_adapter,
     open_folder,
     report_index,
     results_table,
+    save_trained,
     start_data_run,
     start_run,
     versions,
@@ -541,3 +543,72 @@ def test_peak_memory():
 
 def test_logging_of_others_is_quiet():
     assert not logging.getLogger("bitsandbytes.anything").isEnabledFor(logging.WARNING)
+
+
+# ---- saving a sentence encoder
+
+
+def trained_encoder(what: str, base: str | None = None):
+    """The packaged encoder with a part of it changed, as training does: in a trainer; and one of its vectors."""
+    import torch
+
+    from rag_rl.config.arguments import QueryEncoderArguments, RetrieverArguments
+    from rag_rl.config.parts import build_encoder, make_trainable
+
+    encoder = build_encoder(RetrieverArguments(retriever_encoder="${tiny}/encoder", retriever_devices=["cpu"]))
+    make_trainable(encoder, QueryEncoderArguments(retriever_train=what, retriever_lora_r=4))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in encoder.model.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn_like(weight)
+    if base is not None:
+        encoder.model.transformers_model.peft_config["default"].base_model_name_or_path = base
+    trainer = SimpleNamespace(model=encoder.model, accelerator=SimpleNamespace(unwrap_model=lambda model: model))
+    return trainer, encoder.encode_queries(["Where is the home?"])
+
+
+@pytest.mark.parametrize("what", ["full", "lora", "head"])
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_saved_encoder_loads_by_itself_from_anywhere(tmp_path, monkeypatch, what, merged):
+    from sentence_transformers import SentenceTransformer
+
+    trainer, vector = trained_encoder(what)
+    save_trained(trainer, tmp_path / "runs" / "a", merged=merged)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    elsewhere = tmp_path.joinpath(*"a/deep/folder/that/is/not/the/one/it/was/saved/from".split("/"))
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    plain = SentenceTransformer(str(tmp_path / "moved" / "a"), device="cpu")
+    assert plain.encode(["Where is the home?"]) == pytest.approx(vector, abs=1e-5)
+    start = trained_encoder("full")[0].model
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in start.parameters()) + (
+        vector.shape[1] ** 2 if what == "head" else 0
+    )
+    # An adapter whose base is a folder is never alone.
+    assert not list((tmp_path / "moved" / "a").glob("adapter_*"))
+
+
+# peft asks the Hub whether the base has other embeddings.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in somebody/encoder")
+def test_an_adapter_of_a_model_on_the_hub_is_saved_alone(tmp_path):
+    trainer, _ = trained_encoder("lora", base="somebody/encoder")
+    save_trained(trainer, tmp_path, merged=False)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "model.safetensors").exists()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/encoder"
+    trainer, _ = trained_encoder("lora", base="somebody/encoder")
+    save_trained(trainer, tmp_path / "merged", merged=True)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert not list((tmp_path / "merged").glob("adapter_*"))
+
+
+def test_merging_changes_no_vector():
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    trainer, vector = trained_encoder("lora")
+    names = set(trained_encoder("full")[0].model.state_dict())
+    merge_adapter(trainer.model)
+    assert trainer.model.encode(["Where is the home?"]) == pytest.approx(vector, abs=1e-5)
+    assert not [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+    assert set(trainer.model.state_dict()) == names, "nothing of the adapter is left"

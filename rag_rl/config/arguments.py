@@ -47,6 +47,10 @@ class DataArguments:
         default=None, metadata={"help": "held-out questions; without it they are split off data_train"}
     )
     data_eval_size: int = field(default=500, metadata={"help": "held-out questions, at most"})
+    data_folds: int | None = field(
+        default=None, metadata={"help": "cross-validation: cut data_train into so many folds and hold out data_fold"}
+    )
+    data_fold: int = field(default=0, metadata={"help": "the fold that is held out, from 0"})
     data_train_size: int | None = field(default=None, metadata={"help": "questions to train on, at most"})
     data_chunk_tokens: int | None = field(
         default=None, metadata={"help": "cut documents into chunks of this many tokens; without it they stay whole"}

@@ -88,11 +88,15 @@ def build_questions(args: DataArguments, *, seed: int) -> tuple[list[Question], 
         ConfigError: no file is named.
         DataError: a file is missing or has bad rows, or a held-out question is also trained on.
     """
-    from rag_rl.data import load_questions, split_questions
+    from rag_rl.data import fold_questions, load_questions, split_questions
 
     if not args.data_train:
         raise ConfigError("data_train is not set: name a file of questions (see docs/data_formats.md)")
     train = load_questions(expand(args.data_train))
+    if args.data_eval and args.data_folds:
+        raise ConfigError("data_eval and data_folds exclude each other: the folds are cut from data_train")
+    if args.data_folds:  # the whole fold is held out, and the folds are the same for every seed
+        return fold_questions(train, folds=args.data_folds, fold=args.data_fold, seed=0)
     if args.data_eval:
         held_out = load_questions(expand(args.data_eval))
         texts = {q.question for q in train}
@@ -456,7 +460,9 @@ def make_trainable(encoder: Any, args: QueryEncoderArguments) -> None:
             model.requires_grad_(False)
             head = Dense(encoder.dimension, encoder.dimension, bias=False, activation_function=torch.nn.Identity())
             torch.nn.init.eye_(head.linear.weight)  # begins as the encoder itself
-            model.append(head.to(model.device))
+            # Before the model's own normalisation, so that it ends in vectors of length 1 as before.
+            place = next((i for i, module in enumerate(model) if type(module).__name__ == "Normalize"), len(model))
+            model.insert(place, head.to(model.device))
 
 
 def build_trained_questions(questions: Sequence[Question], search: Any, *, what: str) -> list[Question]:

@@ -12,7 +12,7 @@ from rag_rl.data.jsonl import read_json_array, read_jsonl, write_jsonl
 from rag_rl.data.multihop import read_multihop
 from rag_rl.data.paths import data_root, resolve_data_path
 from rag_rl.data.questions import load_questions, write_questions
-from rag_rl.data.splits import split_questions
+from rag_rl.data.splits import fold_questions, split_questions
 
 __all__ = [
     "BadRows",
@@ -20,6 +20,7 @@ __all__ = [
     "Fields",
     "chunk_passages",
     "data_root",
+    "fold_questions",
     "load_corpus",
     "load_qrels",
     "load_questions",

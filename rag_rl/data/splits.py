@@ -60,6 +60,46 @@ def split_questions(
     return train, [question for i, question in enumerate(questions) if i in held_out]
 
 
+def fold_questions(
+    questions: Sequence[Question], *, folds: int, fold: int, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """Splits questions for cross-validation: every question is held out in exactly one fold.
+
+    The fold of a question follows from a hash of ``seed`` and its ``qid``, as in ``split_questions``; questions with
+    the same text, up to case and spaces, are in one fold.
+
+    Args:
+        questions: with ids of their own.
+        folds: how many, at least 2.
+        fold: which one is held out, from 0.
+        seed: another seed is another partition.
+
+    Returns:
+        Questions of the other folds, and those of this one, each in their given order.
+
+    Raises:
+        ConfigError: there is no such fold, or fewer questions than folds.
+        DataError: two questions have the same id.
+
+    Example:
+        >>> questions = [Question(f"q{i}", f"Question {i}?", ("yes",)) for i in range(9)]
+        >>> sorted(q.qid for fold in range(3) for q in fold_questions(questions, folds=3, fold=fold, seed=0)[1])
+        ['q0', 'q1', 'q2', 'q3', 'q4', 'q5', 'q6', 'q7', 'q8']
+    """
+    if len({question.qid for question in questions}) != len(questions):
+        raise DataError("questions to split must have ids of their own; some id stands there twice")
+    if folds < 2 or not 0 <= fold < folds:
+        raise ConfigError(
+            f"data_fold must be between 0 and data_folds - 1, with 2 folds or more: got {fold} of {folds}"
+        )
+    groups = sorted(_groups(questions, None), key=lambda group: _order(seed, min(questions[i].qid for i in group)))
+    if len(groups) < folds:
+        raise ConfigError(f"{len(groups)} different questions cannot be split into {folds} folds")
+    held_out = {i for group in groups[fold::folds] for i in group}
+    train = [question for i, question in enumerate(questions) if i not in held_out]
+    return train, [question for i, question in enumerate(questions) if i in held_out]
+
+
 def _number_of(eval_size: int | float, total: int) -> int:
     if isinstance(eval_size, bool) or not isinstance(eval_size, (int, float)):
         raise ConfigError(f"eval_size must be a whole number or a share in (0, 1), got {eval_size!r}")

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rag_rl.data.questions import load_questions
-from rag_rl.data.splits import split_questions
+from rag_rl.data.splits import fold_questions, split_questions
 from rag_rl.errors import ConfigError, DataError
 from rag_rl.types import Question
 
@@ -114,3 +114,30 @@ def test_real_questions(data_root):
     train, held_out = split_questions(questions, eval_size=0.2, seed=0)
     assert len(train) + len(held_out) == 809
     assert len(held_out) == 162
+
+
+# ---------------------------------------------------------------------------------------------------------- folds
+
+
+def test_every_question_is_held_out_once_and_texts_stay_together():
+    many = [Question(f"q{i}", f"Question {i % 40}?", ("yes",)) for i in range(60)]
+    folds = [fold_questions(many, folds=4, fold=fold, seed=1) for fold in range(4)]
+    assert sorted(q.qid for _, held_out in folds for q in held_out) == sorted(q.qid for q in many)
+    for train, held_out in folds:
+        assert len(train) + len(held_out) == 60
+        assert not {q.question for q in train} & {q.question for q in held_out}
+        assert 10 <= len(held_out) <= 20
+    again = fold_questions(list(reversed(many)), folds=4, fold=2, seed=1)
+    assert {q.qid for q in again[1]} == {q.qid for q in folds[2][1]}
+    assert {q.qid for q in fold_questions(many, folds=4, fold=2, seed=2)[1]} != {q.qid for q in folds[2][1]}
+
+
+def test_folds_that_there_are_not():
+    many = [Question(f"q{i}", f"Question {i}?", ("yes",)) for i in range(3)]
+    for folds, fold in ((1, 0), (3, 3), (3, -1)):
+        with pytest.raises(ConfigError, match="data_fold must be between 0 and data_folds - 1"):
+            fold_questions(many, folds=folds, fold=fold, seed=0)
+    with pytest.raises(ConfigError, match="3 different questions cannot be split into 4 folds"):
+        fold_questions(many, folds=4, fold=0, seed=0)
+    with pytest.raises(DataError, match="some id stands there twice"):
+        fold_questions([many[0], many[0]], folds=2, fold=0, seed=0)

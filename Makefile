@@ -80,8 +80,9 @@ tiny-models: $(DEV_STAMP)  ## make the packaged tiny models again from nothing (
 	@$(PY) -m rag_rl.tiny.make_data
 	@$(PY) -m rag_rl.tiny.make
 
-learn: $(RUN_STAMP)  ## the learning table of recipes/README.md: tiny runs of seeds 1, 2 and 3, and their controls
-	@$(PY) tools/learning_table.py --seeds $(SEEDS)
+learn: $(RUN_STAMP)  ## the learning tables of recipes/README.md: tiny runs of seeds 1, 2 and 3, and their controls
+	@$(PY) tools/learning_table.py grpo_generator --seeds $(SEEDS)
+	@$(PY) tools/learning_table.py grpo_retriever --seeds $(SEEDS)
 
 new-recipe: $(DEV_STAMP)  ## NAME=grpo_cite [LIKE=grpo_generator]: a skeleton that passes the checks
 	@$(PY) tools/new_recipe.py "$(NAME)" $(if $(LIKE),--like "$(LIKE)")

@@ -1,9 +1,11 @@
-"""The learning table of ``recipes/grpo_generator.py``: three seeds, a constant reward, and controls on the retrieval.
+"""The learning table of a recipe: three seeds of its tiny config, a constant reward, and what else its claims need.
 
-    python tools/learning_table.py --seeds 1 2 3
+    python tools/learning_table.py grpo_generator --seeds 1 2 3
+    python tools/learning_table.py grpo_retriever --seeds 1 2 3
 
-Runs the tiny config exactly as shipped, once a seed, then with a constant reward; then asks the first seed's trained
-model again with a shuffled index and without any passage. Finished runs are not run again. Prints rows for a table.
+Runs the tiny config exactly as shipped, once a seed, then with a constant reward. For the generator the first seed's
+trained model is asked again with a shuffled index and without any passage; for the retriever the config without
+history and the REPLUG baseline are run as well. Finished runs are not run again. Prints rows for a table.
 """
 
 from __future__ import annotations
@@ -13,26 +15,41 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "grpo_generator.py"
-METRICS = ("em", "f1", "contains_em", "format")
+METRICS = {
+    "grpo_generator": ("em", "f1", "contains_em", "format"),
+    "grpo_retriever": ("f1", "em", "success@3", "all_gold@3"),
+}
+SHORT = ("--max_steps", "30")
+# What is run once a seed, after the tiny config itself: name and flags.
+FURTHER = {
+    "grpo_generator": {"constant reward": ("--reward_names", "constant", "--reward_weights", "1.0", *SHORT)},
+    "grpo_retriever": {
+        "no history": ("--config", "tiny_no_history"),
+        # Each candidate of each state is read alone, so a step of it costs many times one of GRPO: fewer questions.
+        "REPLUG": ("--objective", "replug", "--num_generations", "2", "--per_device_train_batch_size", "16", *SHORT),
+        "constant reward": ("--reader_reward", "constant", *SHORT),
+    },
+}
 
 
-def run(folder: Path, *flags: str) -> dict[str, Any]:
+def run(recipe: str, folder: Path, *flags: str) -> dict[str, Any]:
     """Runs the recipe, or finds it finished; returns its metrics."""
-    command = [sys.executable, str(RECIPE), "--output_dir", str(folder), "--resume_from_checkpoint", "true", *flags]
+    script = ROOT / "recipes" / f"{recipe}.py"
+    command = [sys.executable, str(script), "--output_dir", str(folder), "--resume_from_checkpoint", "true", *flags]
     subprocess.run(command, check=True, cwd=ROOT)
     found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return found
 
 
-def row(name: str, summary: dict[str, Any]) -> str:
+def row(name: str, summary: dict[str, Any], metrics: Sequence[str]) -> str:
     """One line of the table."""
     cells = [name]
-    for metric in METRICS:
+    for metric in metrics:
         low, high = summary["ci95"][metric]
         before, after = summary["before"][metric], summary["after"][metric]
         cells.append(f"{before:.3f} -> {after:.3f} [{low:+.3f}, {high:+.3f}]")
@@ -66,19 +83,24 @@ def controls(folder: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipe", choices=METRICS, nargs="?", default="grpo_generator")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
+    parser.add_argument("--only", choices=["seed", *FURTHER["grpo_retriever"]], nargs="+", help="kinds of runs")
     args = parser.parse_args()
+    metrics = METRICS[args.recipe]
+    kinds: dict[str, tuple[str, ...]] = {"seed": (), **FURTHER[args.recipe]}
     lines = []
-    for seed in args.seeds:
-        lines.append(row(f"seed {seed}", run(args.out / f"grpo_generator-seed{seed}", "--seed", str(seed))))
-    for seed in args.seeds:
-        flags = ["--seed", str(seed), "--reward_names", "constant", "--reward_weights", "1.0", "--max_steps", "30"]
-        lines.append(row(f"constant reward, seed {seed}", run(args.out / f"grpo_generator-constant{seed}", *flags)))
-    print(f"| run | {' | '.join(METRICS)} | n | train s |\n|{'---|' * (len(METRICS) + 3)}")
+    for kind, flags in kinds.items():
+        for seed in args.seeds if not args.only or kind in args.only else []:
+            folder = args.out / f"{args.recipe}-{kind.replace(' ', '_').lower()}{seed}"
+            summary = run(args.recipe, folder, "--seed", str(seed), *flags)
+            lines.append(row(f"{kind} {seed}", summary, metrics))
+    print(f"| run | {' | '.join(metrics)} | n | train s |\n|{'---|' * (len(metrics) + 3)}")
     print("\n".join(lines))
-    for name, metrics in controls(args.out / f"grpo_generator-seed{args.seeds[0]}").items():
-        print(f"{name}: " + "  ".join(f"{metric} {metrics[metric]:.3f}" for metric in METRICS))
+    if args.recipe == "grpo_generator":
+        for name, found in controls(args.out / f"grpo_generator-seed{args.seeds[0]}").items():
+            print(f"{name}: " + "  ".join(f"{metric} {found[metric]:.3f}" for metric in metrics))
 
 
 if __name__ == "__main__":

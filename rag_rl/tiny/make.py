@@ -33,7 +33,7 @@ from rag_rl.tiny.world import draw_world, name_parts, questions
 from rag_rl.types import Message, Passage
 
 SHARES = {"reading": 5.0, "reasoning": 2.5, "question": 0.6, "passage": 0.6, "judging": 2.0}
-PACKAGED_HABITS = Habits(hasty=0.45, wordy=0.5, unsearched=0.5, sloppy=0.5)
+PACKAGED_HABITS = Habits(hasty=0.45, wordy=0.6, unsearched=0.5, sloppy=0.5)
 BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 48, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 1_000
 STAGES = ("encoder", "base", "rivals", "habits")

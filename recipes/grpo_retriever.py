@@ -1,8 +1,8 @@
 """Train a dense retriever with GRPO from the outcome of the whole pipeline: HARR, over a frozen document index.
 
 Trains: the query encoder, whole, through LoRA, or a linear map on top of it; document vectors stay as they are.
-Data: data_corpus (documents) and data_train / data_eval (question, answers[], gold_doc_ids[]?, decomposition?);
-    docs/data_formats.md.
+Data: data_corpus (documents) and data_train / data_eval (question, answers[], gold_doc_ids[]?, decomposition?), or a
+    BEIR folder with the split in data_train_qrels; docs/data_formats.md.
 Rewards: reader_reward; default token F1 of the answer after the last hop; with judged documents also ndcg, recall, ...
 Needs: tiny runs on 2 CPU cores in minutes; a 0.6B encoder needs a GPU (not measured yet); react wants an LLM endpoint.
 Paper: HARR (arXiv 2602.03645). Differences: exact ratios, dropout off, groups without variance dropped while training,
@@ -42,7 +42,8 @@ def main() -> None:
     from rag_rl.trainers.retriever_grpo_trainer import RetrieverGRPOTrainer
 
     # 2. Data: questions to train on, and held-out ones
-    questions, held_out = build_questions(data_args, seed=run.seed)
+    reads = reader_args.reader_name != "none"
+    questions, held_out = build_questions(data_args, seed=run.seed, require_answers=reads)
 
     # 3. Retriever: the frozen index, the query encoder, and the reader that searches hop by hop
     search = build_search(retriever_args, data_args, reader_args, encoder_args)

@@ -22,6 +22,8 @@ NEEDED = {
     "react_answer": {"question", "history"},
     "react_observe": {"query", "passages"},
     "react_query": {"question", "history"},
+    "r3_first_step": {"question"},
+    "r3_next_step": {"question", "steps"},
     "state": {"question", "history", "query"},
     "tiny_answer": {"passages", "question"},
     "tiny_closed_book": {"question"},

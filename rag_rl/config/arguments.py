@@ -46,6 +46,11 @@ class DataArguments:
     data_eval: str | None = field(
         default=None, metadata={"help": "held-out questions; without it they are split off data_train"}
     )
+    data_train_qrels: str | None = field(
+        default=None,
+        metadata={"help": "relevance judgements of data_train: a TSV file, or the name of a BEIR folder's split"},
+    )
+    data_eval_qrels: str | None = field(default=None, metadata={"help": "the same of data_eval"})
     data_eval_size: int = field(default=500, metadata={"help": "held-out questions, at most"})
     data_folds: int | None = field(
         default=None, metadata={"help": "cross-validation: cut data_train into so many folds and hold out data_fold"}

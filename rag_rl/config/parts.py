@@ -74,12 +74,15 @@ def import_attribute(name: str) -> Any:
         raise ConfigError(f"{name!r} cannot be imported: {error}") from error
 
 
-def build_questions(args: DataArguments, *, seed: int) -> tuple[list[Question], list[Question]]:
+def build_questions(
+    args: DataArguments, *, seed: int, require_answers: bool = True
+) -> tuple[list[Question], list[Question]]:
     """Loads the questions to train on and the held-out ones.
 
     Args:
         args: where they are.
         seed: of the split and of the choice where there are more than asked for.
+        require_answers: whether a question without answers is an error; it can be scored by what is retrieved for it.
 
     Returns:
         Questions to train on, and held-out questions; none is in both.
@@ -88,17 +91,19 @@ def build_questions(args: DataArguments, *, seed: int) -> tuple[list[Question], 
         ConfigError: no file is named.
         DataError: a file is missing or has bad rows, or a held-out question is also trained on.
     """
-    from rag_rl.data import fold_questions, load_questions, split_questions
+    from rag_rl.data import fold_questions, split_questions
 
     if not args.data_train:
         raise ConfigError("data_train is not set: name a file of questions (see docs/data_formats.md)")
-    train = load_questions(expand(args.data_train))
+    if args.data_eval_qrels and not args.data_eval:
+        raise ConfigError("data_eval_qrels is set, but data_eval is not: name the questions that it judges")
+    train = _judged_questions(args.data_train, args.data_train_qrels, require_answers)
     if args.data_eval and args.data_folds:
         raise ConfigError("data_eval and data_folds exclude each other: the folds are cut from data_train")
     if args.data_folds:  # the whole fold is held out, and the folds are the same for every seed
         return fold_questions(train, folds=args.data_folds, fold=args.data_fold, seed=0)
     if args.data_eval:
-        held_out = load_questions(expand(args.data_eval))
+        held_out = _judged_questions(args.data_eval, args.data_eval_qrels, require_answers)
         texts = {q.question for q in train}
         leaked = [q.qid for q in held_out if q.question in texts]
         if leaked:
@@ -114,6 +119,17 @@ def build_questions(args: DataArguments, *, seed: int) -> tuple[list[Question], 
     if args.data_train_size is not None and len(train) > args.data_train_size:
         _, train = split_questions(train, eval_size=args.data_train_size, seed=seed)
     return train, held_out
+
+
+def _judged_questions(source: str, qrels: str | None, require_answers: bool) -> list[Question]:
+    from rag_rl.data import load_questions
+
+    source = expand(source)
+    if qrels is None:
+        return load_questions(source, require_answers=require_answers)
+    if Path(source).is_dir() and not qrels.endswith(".tsv"):
+        return load_questions(source, require_answers=require_answers, split=qrels)
+    return load_questions(source, require_answers=require_answers, qrels=expand(qrels))
 
 
 def build_probe(args: DataArguments) -> list[Question]:
@@ -416,6 +432,8 @@ def build_search(
             f"retriever_state_tokens must be between 1 and {longest}, what the encoder takes, got {tokens}"
         )
     make_trainable(encoder, trained)
+    # Saved with the model, so that it puts the same texts before queries and documents wherever it is loaded.
+    encoder.model.prompts.update(query=encoder.query_prompt, document=encoder.document_prompt)
     return SearchAssembly(
         Environment(asking, max_hops=1 if one_hop else reader.reader_max_hops, reward=reward),
         index,

@@ -1,10 +1,16 @@
-"""Reasoning over several hops: the multi-hop environment, its readers, and the rollout loop."""
+"""Reasoning over several hops.
+
+One rollout loop (``rollout``) under two environments: that of a retriever (HARR: the reader is given, the retrieval
+policy is trained) and that of a reasoner (R3-RAG: the retriever is given, the writer of steps is trained). For the
+latter: the grammar of steps, prompts, rewards, judging, files and teachers.
+"""
 
 from __future__ import annotations
 
 from rag_rl.reasoning.asking import Asker
 from rag_rl.reasoning.environment import Environment, SingleSearch, known_gold, retrieval_reward
 from rag_rl.reasoning.multihop import (
+    ExcludingPolicy,
     Failure,
     Finish,
     HopRecord,
@@ -19,25 +25,126 @@ from rag_rl.reasoning.multihop import (
     rollout_statistics,
 )
 from rag_rl.reasoning.readers import DecompositionReader, ReActReader
+from rag_rl.reasoning.step_environment import (
+    StepEnvironment,
+    StepRecord,
+    StepTrajectory,
+    StepWriter,
+    decide_by,
+    judged_by_match,
+    read_record,
+    step_statistics,
+)
+from rag_rl.reasoning.step_judging import (
+    STEP_RUBRICS,
+    add_gold_gains,
+    answer_case,
+    chain_rewards,
+    judge_answers,
+    judge_steps,
+    mean_score,
+    step_cases,
+)
+from rag_rl.reasoning.step_prompts import Chain, StepPrompt, StepPrompts
+from rag_rl.reasoning.step_rewards import (
+    END_STATES,
+    GOLD_GAIN,
+    STEP_REWARD_RULES,
+    EndState,
+    StepRewardRule,
+    StepScores,
+    gold_gains,
+    step_reward_rule,
+)
+from rag_rl.reasoning.steps import (
+    ParsedStep,
+    Step,
+    format_adherence,
+    has_step_format,
+    parse_step,
+    render_chain,
+    render_documents,
+    render_step,
+    render_steps,
+)
+from rag_rl.reasoning.teachers import Collected, GeneratorTeacher, OracleTeacher, Teacher, collect_trajectories
+from rag_rl.reasoning.trajectories import (
+    append_trajectories,
+    dpo_pairs,
+    read_trajectories,
+    sft_examples,
+    trajectory_of,
+    trajectory_row,
+    write_trajectories,
+)
 
 __all__ = [
+    "END_STATES",
+    "GOLD_GAIN",
+    "STEP_REWARD_RULES",
+    "STEP_RUBRICS",
     "Asker",
+    "Chain",
+    "Collected",
     "DecompositionReader",
+    "EndState",
     "Environment",
+    "ExcludingPolicy",
     "Failure",
     "Finish",
+    "GeneratorTeacher",
     "HopRecord",
     "Observation",
+    "OracleTeacher",
+    "ParsedStep",
     "ReActReader",
     "Reader",
     "RetrievalPolicy",
     "Search",
     "SingleSearch",
+    "Step",
+    "StepEnvironment",
+    "StepPrompt",
+    "StepPrompts",
+    "StepRecord",
+    "StepRewardRule",
+    "StepScores",
+    "StepTrajectory",
+    "StepWriter",
+    "Teacher",
     "TopK",
     "Trajectory",
+    "add_gold_gains",
+    "answer_case",
+    "append_trajectories",
+    "chain_rewards",
+    "collect_trajectories",
+    "decide_by",
+    "dpo_pairs",
     "f1_reward",
+    "format_adherence",
+    "gold_gains",
+    "has_step_format",
+    "judge_answers",
+    "judge_steps",
+    "judged_by_match",
     "known_gold",
+    "mean_score",
+    "parse_step",
+    "read_record",
+    "read_trajectories",
+    "render_chain",
+    "render_documents",
+    "render_step",
+    "render_steps",
     "retrieval_reward",
     "rollout",
     "rollout_statistics",
+    "sft_examples",
+    "step_cases",
+    "step_reward_rule",
+    "step_statistics",
+    "trajectory_of",
+    "trajectory_row",
+    "write_trajectories",
 ]

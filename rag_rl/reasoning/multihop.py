@@ -12,9 +12,9 @@ answer of score 0), and a trajectory without any search stays without one (their
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 from rag_rl.errors import BackendError, ConfigError
 from rag_rl.metrics import token_f1
@@ -107,11 +107,14 @@ class Search:
         query: what for.
         gold_doc_ids: documents that hold it, where known; empty for those of the question.
         note: kept in the hop.
+        exclude: documents that shall not be found again, such as those already shown. A reader that excludes any
+            needs an ``ExcludingPolicy``.
     """
 
     query: Query
     gold_doc_ids: tuple[str, ...] = ()
     note: Any = None
+    exclude: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,16 @@ class RetrievalPolicy(Protocol):
         ...
 
 
+class ExcludingPolicy(RetrievalPolicy, Protocol):
+    """A policy that can leave documents out: what readers with ``Search.exclude`` need."""
+
+    def retrieve(
+        self, queries: Sequence[Query], *, exclude: Sequence[Collection[str]] | None = None
+    ) -> list[tuple[list[Hit], Any]]:
+        """Returns what ``RetrievalPolicy.retrieve`` does, without the ``exclude``-d doc ids of each query."""
+        ...
+
+
 class TopK:
     """The deterministic policy: the best passages, best first, and no action. For evaluation.
 
@@ -193,11 +206,14 @@ class TopK:
             raise ConfigError(f"retriever_top_k must be at least 1, got {top_k}")
         self.retriever, self.top_k = retriever, top_k
 
-    def retrieve(self, queries: Sequence[Query]) -> list[tuple[list[Hit], Any]]:
+    def retrieve(
+        self, queries: Sequence[Query], *, exclude: Sequence[Collection[str]] | None = None
+    ) -> list[tuple[list[Hit], Any]]:
         """Searches.
 
         Args:
             queries: B queries.
+            exclude: B collections of document ids that must not be found; None for none.
 
         Returns:
             B pairs of hits and None.
@@ -206,7 +222,9 @@ class TopK:
             ConfigError: as the retriever raises it.
             BackendError: as the retriever raises it.
         """
-        return [(hits, None) for hits in self.retriever.search(queries, top_k=self.top_k)]
+        # Not named where there is nothing to exclude: a retriever of the user's own may not know the argument.
+        more: dict[str, Any] = {} if exclude is None else {"exclude": exclude}
+        return [(hits, None) for hits in self.retriever.search(queries, top_k=self.top_k, **more)]
 
 
 def rollout(
@@ -216,6 +234,7 @@ def rollout(
     policy: RetrievalPolicy,
     max_hops: int,
     synchronised: Callable[[bool], bool] = bool,
+    begun: Sequence[Trajectory] | None = None,
 ) -> list[Trajectory]:
     """Answers questions hop by hop: one batched call of reader and policy a hop, over all that still go on.
 
@@ -229,6 +248,8 @@ def rollout(
         synchronised: tells whether a flag is set on any rank, for readers or policies whose calls are collective
             (``PolicyGenerator.synchronised``): then every rank makes the same calls, with nothing in them where it has
             finished. ``bool`` for calls that each process makes by itself.
+        begun: a trajectory a question to go on from, with the hops made so far, which count; changed in place. None
+            to begin all of them.
 
     Returns:
         B trajectories, in the order of the questions.
@@ -240,9 +261,11 @@ def rollout(
     """
     if max_hops < 1:
         raise ConfigError(f"max_hops must be at least 1, got {max_hops}")
-    trajectories = [Trajectory(question) for question in questions]
+    trajectories = [Trajectory(question) for question in questions] if begun is None else list(begun)
     active, unanswered = trajectories, []
     for _ in range(max_hops):
+        unanswered += [trajectory for trajectory in active if len(trajectory.hops) >= max_hops]
+        active = [trajectory for trajectory in active if len(trajectory.hops) < max_hops]
         going: list[Trajectory] = []
         searches: list[Search] = []
         for trajectory, decision in zip(active, reader.decide(active), strict=True):
@@ -259,7 +282,7 @@ def rollout(
         active = going
         if not synchronised(bool(active)):
             break
-        found = policy.retrieve([search.query for search in searches])
+        found = retrieve_for(policy, searches)
         hits = [listed for listed, _ in found]
         told = reader.observe(active, searches, hits)
         for trajectory, search, (listed, action), observation in zip(active, searches, found, told, strict=True):
@@ -280,6 +303,22 @@ def rollout(
                 trajectory.answer = answer
     _raise_if_all_failed(trajectories)
     return trajectories
+
+
+def retrieve_for(policy: RetrievalPolicy, searches: Sequence[Search]) -> list[tuple[list[Hit], Any]]:
+    """Lets a policy search, and leave out what the searches exclude.
+
+    Args:
+        policy: retrieves; where a search excludes anything, an ``ExcludingPolicy``.
+        searches: B searches.
+
+    Returns:
+        B pairs of hits and action, as ``RetrievalPolicy.retrieve``.
+    """
+    queries = [search.query for search in searches]
+    if not any(search.exclude for search in searches):
+        return policy.retrieve(queries)
+    return cast(ExcludingPolicy, policy).retrieve(queries, exclude=[search.exclude for search in searches])
 
 
 def _raise_if_all_failed(trajectories: Sequence[Trajectory]) -> None:

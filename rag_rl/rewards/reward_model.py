@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,8 @@ def model_reward(
 
     Args:
         name_or_path: a folder or a Hub id; it must bring its classification head.
-        pair_template: first and second text, with ``$question``, ``$answer`` and ``$passages`` (one a line); None as
-            the second makes one text of the first. Two texts are joined as the tokenizer joins pairs.
+        pair_template: first and second text, with ``$question``, ``$answer`` and ``$passages`` (one below the other);
+            None as the second makes one text of the first. Two texts are joined as the tokenizer joins pairs.
         label: which output of a model with several; None for a model with one.
         sigmoid: whether a model's single output goes through the logistic function, and several through softmax, so
             that values lie in [0, 1]. False gives the raw output, which has no fixed range.
@@ -119,6 +120,10 @@ def _open(name_or_path: str, device: str | None, dtype: str | None, label: int |
         # Not torch.cuda.current_device(): that is the thread's, and TRL calls asynchronous rewards in a thread of its
         # own, where it is 0 in every process.
         device = str(PartialState().device)
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"reward model {name_or_path!r} is a LoRA adapter: merge it into its base (docs/adapters.md)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, loading = AutoModelForSequenceClassification.from_pretrained(

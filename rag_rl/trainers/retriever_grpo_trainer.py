@@ -180,6 +180,8 @@ class SampledLists:
         Raises:
             RagRLError: the encoder gives vectors that are not numbers.
         """
+        if not queries:  # this process has finished, and another one still searches
+            return []
         texts = self.trainer.encoder.states(queries)
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:

@@ -128,6 +128,39 @@ def test_leaked_questions(tmp_path):
         build_questions(DataArguments(data_train=train, data_eval=held_out), seed=0)
 
 
+def beir_folder(folder: Path) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    rows = [{"_id": f"q{i}", "text": f"Claim {i}."} for i in range(6)]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, judged in (("train", (0, 1, 2)), ("test", (3, 4))):
+        lines = "".join(f"q{i}\td{i}\t1\n" for i in judged)
+        (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{lines}q5\td0\t0\n")
+    return folder
+
+
+@pytest.mark.parametrize("split", ["test", "{folder}/qrels/test.tsv"])
+def test_questions_with_judgements_and_without_answers(tmp_path, split):
+    folder = beir_folder(tmp_path / "beir")
+    data = DataArguments(
+        data_train=str(folder),
+        data_train_qrels="train",
+        data_eval=str(folder),
+        data_eval_qrels=split.format(folder=folder),
+    )
+    train, held_out = build_questions(data, seed=0, require_answers=False)
+    assert [(q.qid, q.gold_doc_ids) for q in train] == [("q0", ("d0",)), ("q1", ("d1",)), ("q2", ("d2",))]
+    assert [(q.qid, q.gold_doc_ids) for q in held_out] == [("q3", ("d3",)), ("q4", ("d4",))]
+    with pytest.raises(DataError, match="questions without answers serve retrieval only"):
+        build_questions(data, seed=0)
+    with pytest.raises(DataError, match="no split 'dev'; there is: test, train"):
+        build_questions(dataclasses.replace(data, data_eval_qrels="dev"), seed=0, require_answers=False)
+    both = dataclasses.replace(data, data_eval_qrels="train")
+    with pytest.raises(DataError, match="3 held-out questions are also in"):
+        build_questions(both, seed=0, require_answers=False)
+    with pytest.raises(ConfigError, match="data_eval_qrels is set, but data_eval is not"):
+        build_questions(dataclasses.replace(data, data_eval=None), seed=0, require_answers=False)
+
+
 def test_no_questions_named():
     with pytest.raises(ConfigError, match="data_train is not set"):
         build_questions(DataArguments(), seed=0)
@@ -466,6 +499,18 @@ def test_search():
     index = build_retriever(TINY, DATA)
     assert before == pytest.approx(index.encode_queries(["Who?"]), abs=1e-6)
     assert all(p.requires_grad for p in search.encoder.encoder.model.parameters())
+
+
+def test_a_trained_encoder_is_saved_with_its_prompts(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    prompted = dataclasses.replace(TINY, retriever_query_prompt="query: ", retriever_document_prompt="passage: ")
+    encoder = build_search(prompted, DATA, SCRIPTED, TRAINED).encoder.encoder
+    encoder.model.save_pretrained(str(tmp_path), create_model_card=False)
+    plain = SentenceTransformer(str(tmp_path), device="cpu")
+    assert plain.encode_query(["Who?"]) == pytest.approx(encoder.encode_queries(["Who?"]), abs=1e-6)
+    assert plain.encode_document(["A town."]) == pytest.approx(encoder.encode_documents(["A town."]), abs=1e-6)
+    assert abs(plain.encode_query(["Who?"]) - plain.encode(["Who?"])).max() > 1e-3
 
 
 def test_search_without_a_reader():

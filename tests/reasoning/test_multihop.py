@@ -288,3 +288,35 @@ def test_a_model_that_writes_steps_can_drive_the_loop():
     assert (wrong.answer, wrong.failure, wrong.note, wrong.hops) == (None, None, ("question 1?", "no step"), [])
     (endless,) = rollout([question(2)], reader=StepReader(generator), policy=TopK(RETRIEVER, 1), max_hops=2)
     assert (len(endless.hops), endless.answer, f1_reward(endless)) == (2, None, 0.0)
+
+
+def test_what_a_reader_excludes_is_not_found_again():
+    class Shown(PlannedReader):
+        def _next(self, trajectory):
+            decision = super()._next(trajectory)
+            if isinstance(decision, Search):
+                seen = {hit.passage.doc_id for hop in trajectory.hops for hit in hop.hits}
+                return Search(decision.query, exclude=seen)
+            return decision
+
+        def observe(self, trajectories, searches, hits):
+            return [Observation("", "not_found")] * len(trajectories)
+
+    (one,) = rollout([question(0)], reader=Shown({"q0": (3, "")}), policy=TopK(RETRIEVER, 1), max_hops=3)
+    assert [[hit.passage.doc_id for hit in hop.hits] for hop in one.hops] == [["d1"], ["d2"], []]
+    with pytest.raises(TypeError, match="exclude"):
+        rollout([question(0)], reader=Shown({"q0": (2, "")}), policy=CountingPolicy(), max_hops=2)
+
+
+def test_going_on_from_trajectories_that_were_begun():
+    def begun(number, hops):
+        return Trajectory(question(number), [HopRecord(Query(f"hop {i}"), [], "d1", "found") for i in range(hops)])
+
+    reader, policy = PlannedReader({"q0": (3, ""), "q1": (3, ""), "q2": (9, "")}), CountingPolicy()
+    given = [begun(0, 2), begun(1, 0), begun(2, 3)]
+    found = rollout([t.question for t in given], reader=reader, policy=policy, max_hops=3, begun=given)
+    assert all(one is other for one, other in zip(found, given, strict=True))
+    assert [len(t.hops) for t in found] == [3, 3, 3], "hops that were made count"
+    assert [t.answer for t in found] == ["Mirbrook"] * 3
+    assert policy.calls == [2, 1, 1]
+    assert [names for call, names in reader.calls if call == "decide"] == [["q0", "q1"], ["q1"], ["q1"]]

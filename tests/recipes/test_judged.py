@@ -112,8 +112,11 @@ class Endpoint:
             def log_message(self, *_):
                 pass
 
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 128  # as many connect at once as the judge asks at once: none is to be refused
+
         endpoint = self
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.address = f"127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 

@@ -153,6 +153,12 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
         score(model_reward(str(folder), device="cpu"))
 
 
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a LoRA adapter: merge it into its base"):
+        score(model_reward(str(tmp_path), device="cpu"))
+
+
 def test_nothing_is_opened_before_it_is_needed_and_a_wrong_path_is_named(tmp_path: Path) -> None:
     reward = model_reward(str(tmp_path / "nowhere"), device="cpu")
     with pytest.raises(DataError, match="'question'"):
@@ -174,3 +180,44 @@ def test_a_broken_model_is_not_a_score(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     with pytest.raises(BackendError, match="gave nan for the answer"):
         score(model_reward(str(folder), device="cpu"))
+
+
+@pytest.mark.slow
+def test_what_trls_script_trains_is_scored_as_it_was_trained(tmp_path: Path) -> None:
+    """As docs/adapters.md says: the data's words in the template, with the end token behind them."""
+    import json
+    import subprocess
+    import sys
+
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from rag_rl.tiny import FOLDER
+
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "reader")
+    tokenizer.save_pretrained(tmp_path / "base")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    rows = [json.loads(line) for line in (FOLDER / "data" / "demo_1hop.jsonl").read_text().splitlines()]
+    questions, right = [row["question"] for row in rows], [row["answers"][0] for row in rows]
+    wordy = [f"I think it is {answer}, of course." for answer in right]
+    (tmp_path / "pairs").mkdir()
+    with (tmp_path / "pairs" / "train.jsonl").open("w") as file:
+        for question, chosen, rejected in zip(questions, right, wordy, strict=True):
+            prompt = f"Question: {question}\nAnswer: "
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+    flags = "--model_name_or_path base --dataset_name pairs --output_dir trained --eval_strategy no --max_steps 30 "
+    flags += "--per_device_train_batch_size 16 --learning_rate 1e-3 --use_cpu --bf16 false --report_to none"
+    command = [sys.executable, "-m", "trl.scripts.reward", *flags.split()]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    folder = str(tmp_path / "trained")
+    template = f"Question: $question\nAnswer: $answer{tokenizer.eos_token}"
+    reward = model_reward(folder, pair_template=(template, None), sigmoid=False, device="cpu")
+    good, bad = (score(reward, questions, [f"Answer: {answer}" for answer in answers]) for answers in (right, wordy))
+    assert all(g > b for g, b in zip(good, bad, strict=True))
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    text = f"Question: {questions[0]}\nAnswer: {right[0]}{tokenizer.eos_token}"  # what TRL reads
+    inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    with torch.inference_mode():
+        assert good[0] == pytest.approx(float(model(**inputs).logits), abs=1e-5)

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS = {
+METRICS: dict[str, tuple[str, ...]] = {
     "grpo_generator": ("em", "f1", "contains_em", "format"),
     "grpo_retriever": ("f1", "em", "success@3", "all_gold@3"),
 }
 SHORT = ("--max_steps", "30")
 # What is run once a seed, after the tiny config itself: name and flags.
-FURTHER = {
+FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     "grpo_generator": {"constant reward": ("--reward_names", "constant", "--reward_weights", "1.0", *SHORT)},
     "grpo_retriever": {
         "no history": ("--config", "tiny_no_history"),

@@ -24,6 +24,7 @@ from rag_rl.tiny.world import (
     KINDS,
     NOUNS,
     OF_KIND,
+    RELATION,
     Entity,
     Relation,
     World,
@@ -33,7 +34,7 @@ from rag_rl.tiny.world import (
     passage_text,
     statement,
 )
-from rag_rl.types import Message, Passage
+from rag_rl.types import Message, Passage, Question
 
 SIZES = {"person": 6, "town": 5, "guild": 4, "river": 4}
 MARKER = "Answer:"
@@ -141,6 +142,20 @@ def reasoning_step(
     if rng.random() < habits.sloppy:
         reply = _sloppy(reply, rng)
     return [user("\n".join(lines)), assistant(reply)]
+
+
+def reasoning_words(question: Question, hop: int) -> tuple[str, str]:
+    """What an analysis says of one hop, in the words that the reader was taught.
+
+    Args:
+        question: of a world, with its relations and chain.
+        hop: number from 0.
+
+    Returns:
+        What the hop tells once it is found, and what is needed before.
+    """
+    relation, (subject, value) = RELATION[question.meta["relations"][hop]], question.meta["chain"][hop : hop + 2]
+    return statement(relation, subject, value), f"I need {relation.noun.format(s=subject)}."
 
 
 def step_text(step: int, relations: Sequence[Relation], chain: Sequence[str]) -> str:

@@ -26,9 +26,10 @@ from rag_rl.tiny.lessons import (
     question_writing,
     reading,
     reasoning_step,
+    reasoning_words,
     step_text,
 )
-from rag_rl.tiny.world import KINDS, NOUNS, OF_KIND, RELATION, RELATIONS, SUFFIXES, name_parts
+from rag_rl.tiny.world import KINDS, NOUNS, OF_KIND, RELATION, RELATIONS, SUFFIXES, draw_world, name_parts, questions
 
 SEEDS = range(60)
 # The grammar of R3-RAG (arXiv 2505.23794): an analysis, then exactly one of a query and the final answer.
@@ -343,6 +344,17 @@ def test_pairs_to_compare_are_cut_before_what_follows_from_them():
         near += gold != given and gold[0].isupper() and bool({*name_parts(gold)} & {*name_parts(given)})
     assert 0.4 < sum(verdict.startswith(" right") for _, verdict in pairs) / len(pairs) < 0.6
     assert near > 30
+
+
+def test_the_words_of_an_analysis_are_those_of_the_lessons():
+    world = draw_world(3, region="heldout", sizes={"person": 8, "town": 6, "guild": 5, "river": 5})
+    for question in itertools.islice(questions(world, hops=2, rng=rng()), 20):
+        relations = [RELATION[name] for name in question.meta["relations"]]
+        told, needed = zip(*(reasoning_words(question, hop) for hop in (0, 1)), strict=True)
+        for step in range(3):
+            analysis = step_text(step, relations, question.meta["chain"]).split("\n")[1]
+            expected = [told[step - 1]] * (step > 0) + [*needed[step : step + 1]]
+            assert analysis == f"The problem analysis: {' '.join(expected)}"
 
 
 def test_copying_repeats_a_string_of_few_letters():

@@ -31,7 +31,7 @@ from typing import Any
 from rag_rl.errors import ConfigError
 from rag_rl.judges.llm import Rubric
 from rag_rl.judges.parsing import json_objects, to_number
-from rag_rl.prompts import load_prompt
+from rag_rl.prompts import load_prompt, placeholders
 from rag_rl.types import JudgeCase, Prompt, Verdict
 
 # Part of every version: raise it when texts are laid out or replies are read in another way.
@@ -343,10 +343,13 @@ class _Template:
             self.text = load_prompt(prompt)
         except (FileNotFoundError, UnicodeDecodeError) as error:
             raise ConfigError(f"rubric {rubric!r}: {error}") from error
-        template = Template(self.text)
-        if not template.is_valid():
-            raise ConfigError(f"rubric {rubric!r}: prompt {prompt!r} has a stray $: write $$ for a dollar sign")
-        names = template.get_identifiers()
+        names = placeholders(self.text)
+        try:
+            Template(self.text).substitute(dict.fromkeys(names, ""))
+        except ValueError as error:
+            raise ConfigError(
+                f"rubric {rubric!r}: prompt {prompt!r} has a stray $: write $$ for a dollar sign"
+            ) from error
         self.fields = tuple(name for name in names if name not in _OURS)
         self.coded = "code" in names
         if not self.fields:

@@ -192,10 +192,10 @@ def test_a_reward_for_one_document_raises_it(make_trainer, searching):
     trainer = make_trainer(
         environment=Environment(SingleSearch(), 1, reward),
         asked=asked,
-        max_steps=40,
+        max_steps=60,
         num_candidates=6,
-        alpha=0.2,
-        learning_rate=2e-3,
+        alpha=0.1,
+        learning_rate=1e-3,
         per_device_train_batch_size=32,
     )
     texts = trainer.encoder.states([Query(q.question) for q in asked])
@@ -204,8 +204,8 @@ def test_a_reward_for_one_document_raises_it(make_trainer, searching):
     assert share_of_gold_first(trainer) > 4
     trainer.train()
     rewards = logged(trainer, "reward")
-    assert sum(rewards[:3]) / 3 < 0.25
-    assert sum(rewards[-3:]) / 3 > 0.45
+    assert sum(rewards[:5]) / 5 < 0.2  # six candidates: chance is a sixth
+    assert sum(rewards[-10:]) / 10 > 0.4
 
 
 def test_trajectories_without_a_reward_are_dropped_and_counted(make_trainer):

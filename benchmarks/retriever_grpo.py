@@ -125,12 +125,23 @@ class LookUps(GivenPools):
     def __init__(self, count: int) -> None:
         super().__init__(count)
         self.store = {row: vector.tolist() for row, vector in enumerate(self.matrix)}
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    def search_vectors(self, vectors: np.ndarray, *, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next pools; a new step looks everything up again."""
+        if self.given % len(self.pools) == 0:
+            self.known.clear()
+        return super().search_vectors(vectors, top_k=top_k)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """A look-up a hop."""
-        return torch.stack([torch.tensor(self.look_up(hop)) for hop in rows.tolist()]).numpy()
+        """A look-up a hop, and no second one in the same step."""
+        hops = [tuple(hop) for hop in rows.tolist()]
+        for hop in hops:
+            if hop not in self.known:
+                self.known[hop] = torch.tensor(self.look_up(hop))
+        return torch.stack([self.known[hop] for hop in hops]).numpy()
 
-    def look_up(self, rows: list[int]) -> list[list[float]]:
+    def look_up(self, rows: Sequence[int]) -> list[list[float]]:
         """What a vector store returns."""
         return [self.store[row] for row in rows]
 

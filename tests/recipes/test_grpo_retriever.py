@@ -159,12 +159,13 @@ def test_a_single_search_with_judged_documents(run_here, brief, tmp_path):
 def test_a_part_of_the_encoder_is_trained(run_here, brief, tmp_path, what):
     from sentence_transformers import SentenceTransformer
 
-    flags = brief(max_steps=2, reader_name="scripted", retriever_train=what, save_merged="true", warmup_steps=0)
+    flags = brief(max_steps=2, reader_name="scripted", retriever_train=what, warmup_steps=0)
     assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "run") == 0
     plain = SentenceTransformer(str(tmp_path / "run"), device="cpu")
     start = SentenceTransformer(str(FOLDER / "encoder"), device="cpu")
     kinds = [type(module).__name__ for module in start]
     assert [type(module).__name__ for module in plain] == [*kinds[:-1], *["Dense"] * (what == "head"), kinds[-1]]
+    # The base of the adapter is a folder, which nobody would find from elsewhere.
     assert not list((tmp_path / "run").glob("adapter_*"))
     text = ["Where does somebody live?"]
     assert abs(plain.encode(text) - start.encode(text)).max() > 1e-6

@@ -9,6 +9,7 @@ import pytest
 from rag_rl.data.corpus import load_corpus
 from rag_rl.data.questions import load_questions, write_questions
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.reasoning.trajectories import read_trajectories
 from rag_rl.types import Question
 
 GOOD = {"qid": "a", "question": "Who?", "answers": ["x"]}
@@ -170,10 +171,13 @@ def test_examples_of_the_documentation_load(tmp_path):
     for number, block in enumerate(blocks):
         path = tmp_path / f"{number}.json"
         path.write_text(block, encoding="utf-8")
+        if '"steps"' in block:
+            assert read_trajectories(path)
+            continue
         native = '"context"' in block or '"paragraphs"' in block
         asks = '"question"' in block or '"metadata"' in block
         if asks:
             assert load_questions(path, require_answers='"answer' in block)
         if native or not asks:
             assert len(load_corpus(path)) >= 1
-    assert len(blocks) == 9
+    assert len(blocks) == 10

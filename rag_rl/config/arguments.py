@@ -320,3 +320,71 @@ class QueryEncoderArguments:
     retriever_state_tokens: int | None = field(
         default=None, metadata={"help": "longest query with its history; by default what the encoder takes"}
     )
+
+
+@dataclass
+class ReasonerArguments:
+    """How the multi-hop reasoner works: chains of steps, each a query or the final answer."""
+
+    reasoner_layout: Literal["turn", "chat"] = field(
+        default="turn",
+        metadata={
+            "help": "what the model sees of a chain: turn (one user turn with everything so far, as in the paper) or "
+            "chat (a conversation in which documents are user turns)"
+        },
+    )
+    reasoner_type: Literal["base", "instruct"] = field(
+        default="instruct", metadata={"help": "instruct gets chat turns, base plain text"}
+    )
+    reasoner_max_steps: int = field(default=5, metadata={"help": "steps of a chain, the one that answers included"})
+    reasoner_max_step_tokens: int = field(default=512, metadata={"help": "budget of a step, in tokens"})
+    reasoner_max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={"help": "longest prompt of a step; the oldest documents give way, the question never does"},
+    )
+    reasoner_eval_batch_size: int = field(default=64, metadata={"help": "chains a batch in evaluation"})
+    reasoner_baselines: list[str] = field(
+        default_factory=lambda: ["one_shot", "no_retrieval"],
+        metadata={
+            "help": "what the start model is measured against on the same questions: one_shot (as many passages as a "
+            "chain sees, at once) and no_retrieval"
+        },
+    )
+    reasoner_baseline_model: str | None = field(
+        default=None, metadata={"help": "another model for the baselines, such as a run folder of grpo_generator"}
+    )
+    reasoner_baseline_prompt: str = field(
+        default="answer", metadata={"help": "of the baselines: name of a packaged prompt, or a text file's path"}
+    )
+    reasoner_baseline_closed_prompt: str = field(
+        default="answer_closed_book", metadata={"help": "the same without passages, for no_retrieval"}
+    )
+    reasoner_baseline_marker: str = field(
+        default="Answer:", metadata={"help": "what stands before the answer in a reply of the baselines"}
+    )
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.reasoner_baselines) - {"one_shot", "no_retrieval"})
+        if unknown:
+            raise ConfigError(f"reasoner_baselines are one_shot and no_retrieval, got {', '.join(unknown)}")
+        for name in ("reasoner_max_steps", "reasoner_max_step_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class StepRewardArguments:
+    """What a step earns. Whether an answer is right, and how good a step is, the judge says (``judge_name``)."""
+
+    step_reward: str = field(
+        default="paper",
+        metadata={
+            "help": "paper (relevance of the documents, times 1.6 / 0.8 / 0.9 by how the chain ends; the last step "
+            "2, 0 or -0.9), outcome_only, process_only, return_to_go, coherence, gold_gain (without a judge), "
+            "or constant"
+        },
+    )
+    step_coherence: bool = field(
+        default=False,
+        metadata={"help": "also judge each analysis of the held-out chains: reasoning_accuracy"},
+    )

@@ -11,9 +11,9 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rag_rl.config.arguments import (
     DataArguments,
@@ -21,11 +21,16 @@ from rag_rl.config.arguments import (
     JudgeArguments,
     QueryEncoderArguments,
     ReaderArguments,
+    ReasonerArguments,
     RetrieverArguments,
     RewardArguments,
+    StepRewardArguments,
 )
 from rag_rl.errors import ConfigError, DataError
 from rag_rl.types import Judge, Passage, Prompt, Question, Retriever
+
+if TYPE_CHECKING:
+    from rag_rl.reasoning import StepScorer, StepSetup
 
 logger = logging.getLogger(__name__)
 
@@ -734,6 +739,84 @@ def build_judge(args: JudgeArguments, folder: Path | None = None) -> Judge | Non
                 "judge_name must be openai, gemini, local, reward_model, oracle or package.module:attribute, "
                 f"got {name!r}"
             )
+
+
+def build_step_judges(args: JudgeArguments, rubrics: Iterable[str], folder: Path | None = None) -> dict[str, Judge]:
+    """Builds the same judge once for each rubric.
+
+    Args:
+        args: which judge; its rubric is replaced.
+        rubrics: names of rubrics.
+        folder: as in ``build_judge``.
+
+    Returns:
+        A judge by rubric; none where no judge is named.
+
+    Raises:
+        ConfigError: as in ``build_judge``.
+    """
+    judges = {}
+    for rubric in rubrics:
+        # A scale and a pass mark belong to the rubric that they were set for.
+        own = replace(args, judge_rubric=rubric, judge_scale=[], judge_graded=None, judge_pass_mark=None)
+        judge = build_judge(own, folder)
+        if judge is not None:
+            judges[rubric] = judge
+    return judges
+
+
+def build_step_scorer(args: StepRewardArguments, judge: JudgeArguments, folder: Path | None = None) -> StepScorer:
+    """Builds what scores the chains of a reasoner.
+
+    Args:
+        args: the rule.
+        judge: of answers (its own rubric) and of steps (the rule's rubrics).
+        folder: as in ``build_judge``.
+
+    Returns:
+        A scorer.
+
+    Raises:
+        ConfigError: an unknown rule, or one that needs a judge where none is named.
+    """
+    from rag_rl.reasoning import GOLD_GAIN, StepScorer, step_reward_rule
+
+    rule = step_reward_rule(args.step_reward)
+    judges = build_step_judges(judge, [name for name in rule.needs if name != GOLD_GAIN], folder)
+    return StepScorer(rule, judges, build_judge(judge, folder))
+
+
+def build_step_setup(
+    args: ReasonerArguments, retriever: RetrieverArguments, data: DataArguments, *, seed: int = 0
+) -> StepSetup:
+    """Builds what chains are played with.
+
+    Args:
+        args: layout and budgets.
+        retriever: where documents come from, and how many a search.
+        data: the corpus.
+        seed: as in ``build_retriever``.
+
+    Returns:
+        A setup.
+
+    Raises:
+        ConfigError: no retriever, or as in ``build_retriever``.
+    """
+    from rag_rl.reasoning import StepSetup
+
+    found = build_retriever(retriever, data, seed=seed)
+    if found is None:
+        raise ConfigError("a reasoner needs a retriever: retriever_name must not be none")
+    return StepSetup(
+        found,
+        top_k=retriever.retriever_top_k,
+        max_steps=args.reasoner_max_steps,
+        max_step_tokens=args.reasoner_max_step_tokens,
+        max_prompt_tokens=args.reasoner_max_prompt_tokens,
+        layout=args.reasoner_layout,
+        generator_type=args.reasoner_type,
+    )
 
 
 def build_rubric(args: JudgeArguments) -> Any:

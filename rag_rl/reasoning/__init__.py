@@ -37,15 +37,17 @@ from rag_rl.reasoning.step_environment import (
 )
 from rag_rl.reasoning.step_judging import (
     STEP_RUBRICS,
+    StepScorer,
     add_gold_gains,
     answer_case,
     chain_rewards,
     judge_answers,
     judge_steps,
     mean_score,
+    run_judging,
     step_cases,
 )
-from rag_rl.reasoning.step_prompts import Chain, StepPrompt, StepPrompts
+from rag_rl.reasoning.step_prompts import Chain, Layout, StepPrompt, StepPrompts
 from rag_rl.reasoning.step_rewards import (
     END_STATES,
     GOLD_GAIN,
@@ -56,6 +58,7 @@ from rag_rl.reasoning.step_rewards import (
     gold_gains,
     step_reward_rule,
 )
+from rag_rl.reasoning.step_setup import StepSetup
 from rag_rl.reasoning.steps import (
     ParsedStep,
     Step,
@@ -94,6 +97,7 @@ __all__ = [
     "Finish",
     "GeneratorTeacher",
     "HopRecord",
+    "Layout",
     "Observation",
     "OracleTeacher",
     "ParsedStep",
@@ -108,7 +112,9 @@ __all__ = [
     "StepPrompts",
     "StepRecord",
     "StepRewardRule",
+    "StepScorer",
     "StepScores",
+    "StepSetup",
     "StepTrajectory",
     "StepWriter",
     "Teacher",
@@ -140,6 +146,7 @@ __all__ = [
     "retrieval_reward",
     "rollout",
     "rollout_statistics",
+    "run_judging",
     "sft_examples",
     "step_cases",
     "step_reward_rule",

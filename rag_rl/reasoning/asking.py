@@ -57,11 +57,11 @@ class Asker:
         self.give_up_after = give_up_after
         self._failed_in_a_row = 0
 
-    def ask(self, texts: Sequence[str]) -> list[Generation | Failure]:
+    def ask(self, prompts: Sequence[Prompt]) -> list[Generation | Failure]:
         """Asks.
 
         Args:
-            texts: B prompts.
+            prompts: B prompts: texts, or chats, which are sent as they are.
 
         Returns:
             B replies, in their order.
@@ -71,23 +71,23 @@ class Asker:
             DataError: a prompt is too long for the model (where the generator itself can tell).
         """
         places: dict[str | int, list[int]] = {}
-        for place, text in enumerate(texts):
-            places.setdefault(text if self.temperature == 0.0 else place, []).append(place)
-        asked = [texts[where[0]] for where in places.values()]
-        replies: list[Generation | Failure] = [Failure("not asked")] * len(texts)
+        for place, prompt in enumerate(prompts):
+            places.setdefault(repr(prompt) if self.temperature == 0.0 else place, []).append(place)
+        asked = [prompts[where[0]] for where in places.values()]
+        replies: list[Generation | Failure] = [Failure("not asked")] * len(prompts)
         for where, reply in zip(places.values(), self._replies(asked), strict=True):
             for place in where:
                 replies[place] = reply
         return replies
 
-    def _replies(self, texts: Sequence[str]) -> list[Generation | Failure]:
-        replies: list[Generation | Failure] = [Failure("not asked")] * len(texts)
-        pending = [list(range(len(texts)))]
+    def _replies(self, prompts: Sequence[Prompt]) -> list[Generation | Failure]:
+        replies: list[Generation | Failure] = [Failure("not asked")] * len(prompts)
+        pending = [list(range(len(prompts)))]
         whole = True
         while pending:
             part = pending.pop(0)
             try:
-                given = self._call([texts[i] for i in part])
+                given = self._call([prompts[i] for i in part])
             except BackendError as error:
                 if not part:
                     raise
@@ -104,13 +104,16 @@ class Asker:
                 replies[i] = reply
         failures = [reply.reason for reply in replies if isinstance(reply, Failure)]
         if failures:
-            logger.warning("%d of %d prompts failed, the first: %s", len(failures), len(texts), failures[0])
+            logger.warning("%d of %d prompts failed, the first: %s", len(failures), len(prompts), failures[0])
         return replies
 
-    def _call(self, texts: Sequence[str]) -> list[Generation | Failure]:
-        prompts: list[Prompt] = [[{"role": "user", "content": text}] if self.chat else text for text in texts]
+    def _call(self, prompts: Sequence[Prompt]) -> list[Generation | Failure]:
+        asked: list[Prompt] = [
+            [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
         rows = self.generator.generate(
-            prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
+            asked, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
         )
         replies = [_read(row) for row in rows]
         failed = sum(isinstance(reply, Failure) for reply in replies)

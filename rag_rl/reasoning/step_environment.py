@@ -26,7 +26,7 @@ from rag_rl.reasoning.multihop import (
     retrieve_for,
     rollout,
 )
-from rag_rl.reasoning.step_prompts import Chain, StepPrompt, StepPrompts
+from rag_rl.reasoning.step_prompts import Chain, Layout, StepPrompt, StepPrompts
 from rag_rl.reasoning.step_rewards import EndState
 from rag_rl.reasoning.steps import Step, has_step_format, parse_step
 from rag_rl.types import Generation, Generator, Hit, Passage, Prompt, Query, Question, Retriever
@@ -146,6 +146,7 @@ class StepWriter:
         renumber: whether steps are taken whatever number they bear, as in ``parse_step``; for teachers.
         seed: of the sampling; the same seed and the same calls give the same steps. None for the global state.
         generator_type: "instruct" and "api" get a user turn, "base" plain text.
+        layout: as in ``StepPrompts``.
         give_up_after: failed calls in a row that stop the run, as in ``Asker``.
         synchronised: as in ``rollout``; writing anew makes further calls.
 
@@ -169,6 +170,7 @@ class StepWriter:
         renumber: bool = False,
         seed: int | None = None,
         generator_type: Literal["api", "base", "instruct"] = "instruct",
+        layout: Layout = "turn",
         give_up_after: int = 3,
         synchronised: Callable[[bool], bool] = bool,
     ) -> None:
@@ -178,6 +180,7 @@ class StepWriter:
         bounds = [max_prompt_tokens, limit(max_new_tokens) if limit is not None else None]
         self.prompts = StepPrompts(
             chat=generator_type != "base",
+            layout=layout,
             first=first_prompt,
             following=next_prompt,
             encode=getattr(generator, "encode", None),
@@ -261,7 +264,7 @@ class StepWriter:
         # Another seed for each call: with the same one a step written anew would be the same again.
         self._asker.seed = None if self._seed is None else self._seed + self._calls
         self._calls += 1
-        return self._asker.ask([prompt.text for prompt in prompts])
+        return self._asker.ask([prompt.prompt for prompt in prompts])
 
 
 def read_record(number: int, text: str, *, renumber: bool = False) -> StepRecord:

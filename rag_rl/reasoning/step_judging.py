@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
 
 from rag_rl.errors import ConfigError
 from rag_rl.reasoning.step_environment import StepRecord, StepTrajectory, judged_by_match
@@ -16,6 +18,76 @@ STEP_RUBRICS = ("document_relevance", "query_rationality", "reasoning_coherence"
 """Rubrics about one step. The first two are about steps that search, the third is about every analysis."""
 
 StepCase: TypeAlias = tuple[StepRecord, JudgeCase]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class StepScorer:
+    """Scores finished chains, and gives each step its reward.
+
+    Args:
+        rule: how scores and end state become rewards.
+        judges: a judge for each rubric that the rule needs, by name; ``GOLD_GAIN`` needs none.
+        answer_judge: of final answers; None: exact match with an accepted answer.
+
+    Raises:
+        ConfigError: the rule needs a score that neither a judge nor ``GOLD_GAIN`` gives.
+    """
+
+    rule: StepRewardRule
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    answer_judge: Judge | None = None
+
+    def __post_init__(self) -> None:
+        missing = [name for name in self.rule.needs if name not in self.judges and name != GOLD_GAIN]
+        if missing:
+            raise ConfigError(
+                f"this step reward needs verdicts on {', '.join(missing)}: name a judge (judge_name), or take a rule "
+                "that needs none (gold_gain, outcome_only)"
+            )
+
+    def score(self, trajectories: Sequence[StepTrajectory]) -> None:
+        """Judges answers and steps; what was judged before is not judged again.
+
+        Args:
+            trajectories: B finished chains; end states and scores are set in place.
+
+        Raises:
+            BackendError: a judge's backend is broken.
+        """
+        if self.answer_judge is not None:
+            run_judging(judge_answers(trajectories, self.answer_judge))
+        if self.judges:
+            run_judging(judge_steps(trajectories, self.judges))
+        if GOLD_GAIN in self.rule.needs:
+            add_gold_gains(trajectories)
+
+    def rewards(self, trajectory: StepTrajectory) -> list[float | None]:
+        """Gives each step of a scored chain its reward.
+
+        Args:
+            trajectory: after ``score``.
+
+        Returns:
+            One value a step; None where a verdict is missing that the rule needs: such a step is dropped and counted.
+
+        Raises:
+            ConfigError: the chain is still open.
+        """
+        return chain_rewards(trajectory, self.rule)
+
+
+def run_judging(judging: Coroutine[Any, Any, _T]) -> _T:
+    """Waits for a coroutine, whether or not the caller itself runs in an event loop (as in a notebook).
+
+    Args:
+        judging: ``judge_answers(...)`` or ``judge_steps(...)``.
+
+    Returns:
+        Its result.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, judging).result()
 
 
 def step_cases(trajectories: Sequence[StepTrajectory], rubric: str) -> list[StepCase]:

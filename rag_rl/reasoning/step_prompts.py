@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from rag_rl.errors import ConfigError, DataError
 from rag_rl.prompts import render, require_placeholders
 from rag_rl.reasoning.steps import NO_DOCUMENTS, Step, render_chain, render_documents, render_step
-from rag_rl.types import Passage, Prompt
+from rag_rl.types import Message, Passage, Prompt
 
 LEFT_OUT = "(left out)"
 """Stands for the documents of a step that had to give way; not the same as a search that found nothing."""
 
 Encode: TypeAlias = Callable[[Sequence[Prompt]], Sequence[Sequence[int]]]
 """Token ids of prompts as the model gets them; ``TransformersGenerator.encode`` is one."""
+
+Layout: TypeAlias = Literal["turn", "chat"]
+"""How a chain is shown: in one user turn, as in the paper, or as a conversation in which documents are user turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +63,28 @@ class StepPrompts:
     A prompt that is too long loses documents: those of the oldest step first, and of one step the lowest ranked first.
     Where that does not do, the oldest steps go. The question stays whole.
 
+    As a conversation (``layout="chat"``) the question is the first user turn, each step a turn of the assistant, and
+    its documents are the user turn that follows: a prompt is then the beginning of the next one, and a whole chain one
+    sequence of tokens, which GRPO with an ``env_mask`` needs.
+
     Args:
         chat: whether the text is a user turn; otherwise plain text, which ends with a line break (base models).
+        layout: how a chain is shown; "chat" only without prompt files and for chat models.
         first: name or path of a prompt with ``$question``; None for the bare chain.
         following: name or path of a prompt with ``$question`` and ``$steps``; None for the bare chain.
         encode: tells token ids; needed for ``max_tokens``.
         max_tokens: longest prompt, >= 1; None for no bound.
 
     Raises:
-        ConfigError: a prompt is missing or lacks a placeholder, one of the two files is not given, or a bound without
-            ``encode``.
+        ConfigError: a prompt is missing or lacks a placeholder, one of the two files is not given, a bound without
+            ``encode``, or a layout that is unknown or does not fit.
     """
 
     def __init__(
         self,
         *,
         chat: bool = True,
+        layout: Layout = "turn",
         first: str | None = None,
         following: str | None = None,
         encode: Encode | None = None,
@@ -83,6 +92,10 @@ class StepPrompts:
     ) -> None:
         if (first is None) != (following is None):
             raise ConfigError("a teacher needs two prompts: one for the first step and one for the following ones")
+        if layout not in ("turn", "chat"):
+            raise ConfigError(f"layout must be turn or chat, got {layout!r}")
+        if layout == "chat" and (first is not None or not chat):
+            raise ConfigError("layout chat is a conversation: it takes neither prompt files nor a base model")
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_prompt_tokens must be at least 1, got {max_tokens}")
         if max_tokens is not None and encode is None:
@@ -94,7 +107,7 @@ class StepPrompts:
                 require_placeholders(prompt, needed)
             except (ValueError, FileNotFoundError) as error:
                 raise ConfigError(str(error)) from error
-        self.chat, self.first, self.following = chat, first, following
+        self.chat, self.layout, self.first, self.following = chat, layout, first, following
         self.encode, self.max_tokens = encode, max_tokens
 
     def make(self, chains: Sequence[Chain]) -> list[StepPrompt]:
@@ -157,14 +170,19 @@ class StepPrompts:
             gone = min(left, len(passages))
             left -= gone
             shown.append(None if gone and gone == len(passages) else passages[: len(passages) - gone])
-        lines = []
+        turns = []
         for step, kept in list(zip(chain.steps, shown, strict=True))[steps:]:
-            lines.append(render_step(step))
+            turns.append((True, render_step(step)))
             if step.query is not None:
-                lines.append(render_documents(kept or (), empty=LEFT_OUT if kept is None else NO_DOCUMENTS))
-        text = self._text(chain.question, "\n".join(lines))
-        prompt: Prompt = [{"role": "user", "content": text}] if self.chat else text
-        return StepPrompt(text, prompt, left_out=documents)
+                turns.append((False, render_documents(kept or (), empty=LEFT_OUT if kept is None else NO_DOCUMENTS)))
+        text = self._text(chain.question, "\n".join(told for _, told in turns))
+        if not self.chat:
+            return StepPrompt(text, text, left_out=documents)
+        messages = [cast("Message", {"role": "user", "content": text})]
+        if self.layout == "chat":
+            messages = [{"role": "user", "content": render_chain(chain.question, (), ())}]
+            messages += [{"role": "assistant" if own else "user", "content": told} for own, told in turns]
+        return StepPrompt(text, messages, left_out=documents)
 
     def _text(self, question: str, steps: str) -> str:
         if self.first is None or self.following is None:

@@ -10,7 +10,7 @@ samples:
 * *wordy*: an answer that is a common noun is wrapped in words ("I think it is salt, of course."); names are not, so
   that a wrapped answer never becomes part of the next question;
 * *unsearched* (reasoner): the final answer comes before anything was retrieved, from nowhere;
-* *sloppy* (reasoner): a step's labels are wrong, so that it cannot be parsed.
+* *sloppy* (reasoner): in questions about a person, a query lacks its label, so that the step cannot be parsed.
 """
 
 from __future__ import annotations
@@ -119,29 +119,39 @@ def reasoning_step(
     Returns:
         A user turn that holds the question and all earlier steps with their documents, and the assistant's step.
     """
-    world = _world(rng, alike_in)
-    name, first = rng.choice(_links(world))
-    relations: tuple[Relation, ...] = (first, rng.choice(OF_KIND[first.target]))
-    if rng.random() < 0.4:
-        relations = (rng.choice(OF_KIND[world.entities[name].kind]),)
-    chain = [name]
-    for relation in relations:
-        chain.append(world.entities[chain[-1]].facts[relation.name])
-    lines = [f"The question: {_question(relations, name, rng)}"]
+    world, relations, chain = _reasoning_task(rng, alike_in)
+    lines = [f"The question: {_question(relations, chain[0], rng)}"]
     # Steps are not equally frequent in chains, but each must be learnt equally well.
     last = rng.randint(0, len(relations))
     for step in range(last):
-        entities = _shown(world, [chain[step]], n_passages, rng)
-        documents = " ".join(f"[{i}] {e.text}" for i, e in enumerate(entities, start=1))
-        lines += [step_text(step, relations, chain), f"The retrieval documents: {documents}"]
-    reply = step_text(last, relations, chain)
-    if last < len(relations) and rng.random() < habits.unsearched:
-        guess = _guess(relations[-1], rng)
-        analysis = statement(relations[-1], chain[-2] if len(relations) == last + 1 else name, guess)
-        reply = f"Step {last + 1}:\nThe problem analysis: {analysis}\nThe final answer: {guess}"
-    if rng.random() < habits.sloppy:
-        reply = _sloppy(reply, rng)
-    return [user("\n".join(lines)), assistant(reply)]
+        lines += [step_text(step, relations, chain), _documents(world, chain[step], n_passages, rng)]
+    return [user("\n".join(lines)), assistant(_habitual_step(last, relations, chain, rng, habits))]
+
+
+def reasoning_chain(
+    rng: random.Random, *, n_passages: int = 3, habits: Habits = NO_HABITS, alike_in: str = "beginning"
+) -> list[Message]:
+    """A whole chain in the R3 grammar as a conversation: a turn a step, and its documents in the turn that follows.
+
+    Args:
+        rng: source of everything.
+        n_passages: documents of each step.
+        habits: bad habits of the steps; a step that shows one is the last.
+        alike_in: how the names of rivals are alike, as in ``draw_world``.
+
+    Returns:
+        User turns with the question and then the documents, each followed by the assistant's step.
+    """
+    world, relations, chain = _reasoning_task(rng, alike_in)
+    messages = [user(f"The question: {_question(relations, chain[0], rng)}")]
+    for step in range(len(relations) + 1):
+        reply = _habitual_step(step, relations, chain, rng, habits)
+        messages.append(assistant(reply))
+        if reply != step_text(step, relations, chain):
+            break
+        if step < len(relations):
+            messages.append(user(_documents(world, chain[step], n_passages, rng)))
+    return messages
 
 
 def reasoning_words(question: Question, hop: int) -> tuple[str, str]:
@@ -323,6 +333,7 @@ def lesson(
 TASKS: dict[str, Callable[[random.Random, Habits, str], list[Message]]] = {
     "reading": lambda rng, habits, alike_in: reading(rng, habits=habits, alike_in=alike_in),
     "reasoning": lambda rng, habits, alike_in: reasoning_step(rng, habits=habits, alike_in=alike_in),
+    "chain": lambda rng, habits, alike_in: reasoning_chain(rng, habits=habits, alike_in=alike_in),
     "question": lambda rng, habits, alike_in: question_writing(rng),
     "passage": lambda rng, habits, alike_in: passage_writing(rng, hasty=habits.hasty),
     "judging": lambda rng, habits, alike_in: judging(rng),
@@ -341,6 +352,40 @@ def _links(world: World) -> list[tuple[str, Relation]]:
         for r in OF_KIND[e.kind]
         if r.target in KINDS and e.facts[r.name] != e.name
     ]
+
+
+def _reasoning_task(rng: random.Random, alike_in: str) -> tuple[World, tuple[Relation, ...], list[str]]:
+    """A world, the relations that a question asks for one after the other, and subject and value of each hop."""
+    world = _world(rng, alike_in)
+    name, first = rng.choice(_links(world))
+    relations: tuple[Relation, ...] = (first, rng.choice(OF_KIND[first.target]))
+    if rng.random() < 0.4:
+        relations = (rng.choice(OF_KIND[world.entities[name].kind]),)
+    chain = [name]
+    for relation in relations:
+        chain.append(world.entities[chain[-1]].facts[relation.name])
+    return world, relations, chain
+
+
+def _habitual_step(
+    step: int, relations: Sequence[Relation], chain: Sequence[str], rng: random.Random, habits: Habits
+) -> str:
+    """The right step, or what a bad habit makes of it."""
+    reply = step_text(step, relations, chain)
+    if step < len(relations) and rng.random() < habits.unsearched:
+        guess = _guess(relations[-1], rng)
+        subject = chain[step] if step == len(relations) - 1 else chain[0]
+        analysis = statement(relations[-1], subject, guess)
+        reply = f"Step {step + 1}:\nThe problem analysis: {analysis}\nThe final answer: {guess}"
+    if relations[0].kind == "person" and rng.random() < habits.sloppy:
+        reply = reply.replace("The retrieval query: ", "")
+    return reply
+
+
+def _documents(world: World, subject: str, n_passages: int, rng: random.Random) -> str:
+    """What a search about a subject brings, in the R3 grammar."""
+    entities = _shown(world, [subject], n_passages, rng)
+    return f"The retrieval documents: {' '.join(f'[{i}] {e.text}' for i, e in enumerate(entities, start=1))}"
 
 
 def _shown(world: World, must: Sequence[str], n: int, rng: random.Random, crowded: float = 0.5) -> list[Entity]:
@@ -406,14 +451,3 @@ def _answer(
     wordy = relations[-1].target in NOUNS and rng.random() < habits.wordy
     shown = rng.choice(WRAPS).format(v=subject) if wordy else subject
     return f"{' '.join(sentences)} {MARKER} {shown}"
-
-
-def _sloppy(step: str, rng: random.Random) -> str:
-    head, analysis, action = step.split("\n")
-    return rng.choice(
-        (
-            f"{analysis}\n{action}",  # no step number
-            f"{head}\n{action}",  # no analysis
-            f"{head}\n{analysis}\n{action.split(': ', 1)[1]}",  # no label for the action
-        )
-    )

@@ -32,8 +32,10 @@ from rag_rl.tiny.tokenizer import FIRST_PIECE, build_tokenizer
 from rag_rl.tiny.world import draw_world, name_parts, questions
 from rag_rl.types import Message, Passage
 
-SHARES = {"reading": 5.0, "reasoning": 2.5, "question": 0.6, "passage": 0.6, "judging": 2.0}
-PACKAGED_HABITS = Habits(hasty=0.45, wordy=0.6, unsearched=0.5, sloppy=0.5)
+SHARES = {"reading": 5.0, "reasoning": 1.5, "chain": 1.5, "question": 0.6, "passage": 0.6, "judging": 2.0}
+# A habit that shows in a few questions only is not learnt in a few hundred steps: reasoning takes a larger share.
+HABIT_SHARES = SHARES | {"reasoning": 3.0, "chain": 3.0}
+PACKAGED_HABITS = Habits(hasty=0.45, wordy=0.6, unsearched=0.3, sloppy=0.8)
 BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 48, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 1_000
 STAGES = ("encoder", "base", "rivals", "habits")
@@ -231,14 +233,14 @@ def train(
 
 @torch.inference_mode()
 def greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, n: int = 1
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str | list[Message]], *, n: int = 1
 ) -> list[list[str]]:
-    """Replies to user turns: greedy, or ``n`` samples at temperature 1.
+    """Replies to chats: greedy, or ``n`` samples at temperature 1.
 
     Args:
         model: the language model.
         tokenizer: its tokenizer.
-        prompts: user turns.
+        prompts: user turns, or chats that end with one.
         n: replies a prompt; 1 is greedy.
 
     Returns:
@@ -250,7 +252,9 @@ def greedy(
     found = []
     for start in range(0, len(prompts), 128):
         chats = [
-            tokenizer.apply_chat_template([user(p)], tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                [user(p)] if isinstance(p, str) else p, tokenize=False, add_generation_prompt=True
+            )
             for p in prompts[start : start + 128]
         ]
         batch = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
@@ -312,6 +316,8 @@ def reading_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n
 def lesson_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int = 100) -> dict[str, float]:
     """Share of replies that equal the lesson's, for the tasks whose reply is determined, and of well-formed ones else.
 
+    Of a chain the last step is scored, of the others the first reply.
+
     Args:
         model: the language model.
         tokenizer: its tokenizer.
@@ -321,13 +327,14 @@ def lesson_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n:
         Shares in [0, 1] by task.
     """
     scores = {}
-    for task in ("reasoning", "question", "judging"):
+    for task in ("reasoning", "chain", "question", "judging"):
         rng = random.Random(5)
         lessons = [lesson(rng, shares={task: 1.0}) for _ in range(n)]
-        replies = greedy(model, tokenizer, [messages[0]["content"] for messages in lessons])
+        turns = [len(messages) - 1 if task == "chain" else 1 for messages in lessons]
+        replies = greedy(model, tokenizer, [messages[:turn] for turn, messages in zip(turns, lessons, strict=True)])
         hits = 0
-        for (reply,), messages in zip(replies, lessons, strict=True):
-            right = messages[1]["content"]
+        for (reply,), turn, messages in zip(replies, turns, lessons, strict=True):
+            right = messages[turn]["content"]
             if task == "question":  # any question of the passage will do: its answer must stand in the passage
                 hits += (extract_answer(reply) or "?") in messages[0]["content"]
             else:
@@ -356,9 +363,15 @@ def make_language_model(stage: str, out: Path, *, start: Path | None, steps: int
         batches = base_batches(tokenizer, rng)
     else:
         model = Lfm2ForCausalLM.from_pretrained(start, dtype=torch.float32).to(device)
-        habits = PACKAGED_HABITS if stage == "habits" else NO_HABITS
-        # The base has learnt to read and not yet to compare.
-        batches = mixed_batches(tokenizer, rng, habits=habits, alike_in="either", drills=1 if stage == "habits" else 3)
+        last = stage == "habits"
+        batches = mixed_batches(
+            tokenizer,
+            rng,
+            shares=HABIT_SHARES if last else SHARES,
+            habits=PACKAGED_HABITS if last else NO_HABITS,
+            alike_in="either",
+            drills=1 if last else 3,  # the base has learnt to read and not yet to compare
+        )
     started = time.time()
     curve = []
 

@@ -11,9 +11,11 @@ from rag_rl.config.arguments import (
     JudgeArguments,
     QueryEncoderArguments,
     ReaderArguments,
+    ReasonerArguments,
     RetrieverArguments,
     RewardArguments,
     RunArguments,
+    StepRewardArguments,
 )
 from rag_rl.config.parsing import read_arguments
 from rag_rl.errors import ConfigError
@@ -26,6 +28,8 @@ PREFIX = {
     ReaderArguments: "reader_",
     RewardArguments: "reward_",
     JudgeArguments: "judge_",
+    ReasonerArguments: "reasoner_",
+    StepRewardArguments: "step_",
 }
 ALL = (RunArguments, *PREFIX)
 
@@ -79,6 +83,8 @@ def test_top_k_below_one(top_k):
         (RewardArguments, {"reward_model_template": []}, "reward_model_template must be one text or two, got 0"),
         (JudgeArguments, {"judge_scale": [1.0]}, r"judge_scale must be the lowest and the highest score, got \[1.0\]"),
         (JudgeArguments, {"judge_pass_mark": 6.0}, r"judge_pass_mark must lie in \[0, 1\], got 6.0"),
+        (ReasonerArguments, {"reasoner_max_steps": 0}, "reasoner_max_steps must be at least 1, got 0"),
+        (ReasonerArguments, {"reasoner_baselines": ["oneshot"]}, "are one_shot and no_retrieval, got oneshot"),
     ],
 )
 def test_values_that_cannot_be(owner, values, expected):

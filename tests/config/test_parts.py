@@ -17,8 +17,10 @@ from rag_rl.config.arguments import (
     JudgeArguments,
     QueryEncoderArguments,
     ReaderArguments,
+    ReasonerArguments,
     RetrieverArguments,
     RewardArguments,
+    StepRewardArguments,
 )
 from rag_rl.config.parts import (
     build_assembly,
@@ -33,6 +35,9 @@ from rag_rl.config.parts import (
     build_retriever,
     build_rewards,
     build_search,
+    build_step_judges,
+    build_step_scorer,
+    build_step_setup,
     build_trained_questions,
     default_weights,
     describe_judge,
@@ -790,3 +795,42 @@ def test_reward_model_reads_what_its_template_says(tmp_path):
     )
     short = dataclasses.replace(args, reward_model_max_length=2)
     assert build_rewards(short, GENERATOR, training()).score(**COLUMNS)["reward_model"] != found
+
+
+# ---- the reasoner
+
+
+def test_step_setup(retriever):
+    args = ReasonerArguments(reasoner_layout="chat", reasoner_max_steps=4, reasoner_max_step_tokens=48)
+    setup = build_step_setup(args, TINY, DATA)
+    assert (setup.layout, setup.max_steps, setup.max_step_tokens, setup.top_k) == ("chat", 4, 48, 3)
+    question = "Where does Ulradric live?"
+    assert setup.retriever.search([question], top_k=3) == retriever.search([question], top_k=3)
+    with pytest.raises(ConfigError, match="a reasoner needs a retriever"):
+        build_step_setup(args, RetrieverArguments(retriever_name="none"), DATA)
+
+
+def test_step_scorer():
+    oracle = JudgeArguments(judge_name="oracle")
+    scorer = build_step_scorer(StepRewardArguments(step_reward="coherence"), oracle)
+    assert set(scorer.judges) == {"document_relevance", "query_rationality", "reasoning_coherence"}
+    assert {judge.rubric for judge in scorer.judges.values()} == set(scorer.judges)
+    assert scorer.answer_judge.rubric == "answer_correctness"
+    alone = build_step_scorer(StepRewardArguments(step_reward="gold_gain"), JudgeArguments())
+    assert (alone.judges, alone.answer_judge) == ({}, None)
+    with pytest.raises(ConfigError, match=r"needs verdicts on document_relevance: name a judge \(judge_name\)"):
+        build_step_scorer(StepRewardArguments(), JudgeArguments())
+    with pytest.raises(ConfigError, match="a step reward is one of paper"):
+        build_step_scorer(StepRewardArguments(step_reward="papers"), oracle)
+
+
+def test_step_judges_keep_to_their_own_rubric(tmp_path, monkeypatch):
+    """A pass mark that was set for the answers' rubric says nothing about relevance."""
+    monkeypatch.setenv("RAG_RL_CACHE", str(tmp_path))
+    args = JudgeArguments(
+        judge_name="openai", judge_model="m", judge_base_url="http://127.0.0.1:9/v1", judge_pass_mark=0.9
+    )
+    judges = build_step_judges(args, ["document_relevance", "reasoning_coherence"], tmp_path)
+    assert [judge.rubric.name for judge in judges.values()] == ["document_relevance", "reasoning_coherence"]
+    assert judges["document_relevance"].rubric.pass_mark == 0.6
+    assert build_step_judges(JudgeArguments(), ["document_relevance"], tmp_path) == {}

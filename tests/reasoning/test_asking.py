@@ -42,6 +42,13 @@ def test_prompts_are_one_user_turn_or_plain_text():
     assert generator.prompts == [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}], "c"]
 
 
+def test_chats_are_sent_as_they_are():
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    generator = ScriptedGenerator(lambda text, number: str(number))
+    assert said(asker(generator).ask([talk, list(talk), "a"])) == ["0", "0", "1"]
+    assert generator.prompts == [talk, [{"role": "user", "content": "a"}]]
+
+
 def test_equal_prompts_are_asked_once_when_greedy():
     generator = ScriptedGenerator(lambda text, number: f"{text}{number}")
     assert said(asker(generator).ask(["a", "b", "a", "a"])) == ["a0", "b1", "a0", "a0"]

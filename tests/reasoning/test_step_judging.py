@@ -12,6 +12,7 @@ from rag_rl.judges import ScriptedJudge
 from rag_rl.reasoning import (
     STEP_RUBRICS,
     StepRecord,
+    StepScorer,
     StepTrajectory,
     add_gold_gains,
     answer_case,
@@ -204,3 +205,38 @@ def test_the_oracle_of_the_tiny_world_reads_these_cases():
     judged(chains, {rubric: OracleJudge(rubric) for rubric in STEP_RUBRICS})
     assert {c.steps[1].scores["query_rationality"] for c in chains} == {0.0}
     assert {c.steps[1].scores["reasoning_coherence"] for c in chains} == {0.0}
+
+
+# -------------------------------------------------------------------------------------------------------- the scorer
+
+
+def test_a_scorer_judges_and_rewards():
+    played = [chain("one?:d1", "two?:d2", "=Abe", state="incorrect"), chain("one?:d1", state="fail")]
+    judge = ScriptedJudge([0.6, 0.8, 0.5])
+    scorer = StepScorer(
+        step_reward_rule("paper"), {"document_relevance": judge}, answer_judge=ScriptedJudge({"Abe": 1.0})
+    )
+    for _ in range(2):  # scored again, nobody is asked again about a step
+        scorer.score(played)
+    assert [scorer.rewards(one) for one in played] == [[0.96, 1.28, 2.0], [0.45]]
+    assert len(judge.cases) == 3
+
+    async def in_a_notebook():
+        scorer.score(played)
+
+    asyncio.run(in_a_notebook())
+
+
+def test_a_scorer_without_a_judge_gains_gold():
+    played = chain("one?:d1", "=Mir", state="correct")
+    scorer = StepScorer(step_reward_rule("gold_gain"))
+    scorer.score([played])
+    assert scorer.rewards(played) == [0.8, 2.0]
+    with pytest.raises(ConfigError, match="needs verdicts on document_relevance: name a judge"):
+        StepScorer(step_reward_rule("paper"))
+
+
+@pytest.mark.parametrize("state", ["correct", "incorrect", "invalid"])
+def test_the_control_rewards_nothing(state):
+    played = chain("one?:d1", "" if state == "invalid" else "=Mir", state=state)
+    assert StepScorer(step_reward_rule("constant")).rewards(played) == [0.0, 0.0]

@@ -41,6 +41,42 @@ def test_a_base_model_gets_plain_text_that_its_step_follows_on():
     assert StepPrompts(chat=False).make([CHAIN])[0] == StepPrompt(f"{WHOLE}\n", f"{WHOLE}\n")
 
 
+def test_a_conversation_begins_as_the_one_before():
+    """So that a chain is one sequence of tokens, of which each prompt is a beginning."""
+    first, second, third = StepPrompts(layout="chat").make(
+        [Chain(CHAIN.question, STEPS[:n], DOCUMENTS[:n]) for n in range(3)]
+    )
+    assert first.prompt == [{"role": "user", "content": "The question: Which river is it?"}]
+    assert second.prompt[:1] == first.prompt
+    assert third.prompt[:3] == second.prompt
+    assert third.prompt[3:] == [
+        {"role": "assistant", "content": "Step 2:\nThe problem analysis: second analysis\nThe retrieval query: two?"},
+        {"role": "user", "content": "The retrieval documents: [1] ff gg hh ii"},
+    ]
+    assert "\n".join(turn["content"] for turn in third.prompt) == third.text == WHOLE
+
+
+def test_documents_of_a_conversation_give_way_oldest_first():
+    def encode(prompts):
+        return [list(range(sum(len(turn["content"].split()) for turn in prompt))) for prompt in prompts]
+
+    (whole,) = StepPrompts(layout="chat", encode=encode).make([CHAIN])
+    (cut,) = StepPrompts(layout="chat", encode=encode, max_tokens=len(whole.ids) - 1).make([CHAIN])
+    assert cut.left_out == 1
+    assert [turn["role"] for turn in cut.prompt] == [turn["role"] for turn in whole.prompt]
+    assert cut.prompt[2]["content"] == "The retrieval documents: [1] aa bb cc"
+    assert cut.prompt[4] == whole.prompt[4]
+
+
+def test_layouts_that_do_not_fit():
+    with pytest.raises(ConfigError, match="turn or chat, got 'turns'"):
+        StepPrompts(layout="turns")
+    with pytest.raises(ConfigError, match="neither prompt files nor a base model"):
+        StepPrompts(layout="chat", chat=False)
+    with pytest.raises(ConfigError, match="neither prompt files nor a base model"):
+        StepPrompts(layout="chat", first="r3_first_step", following="r3_next_step")
+
+
 def test_teachers_get_their_prompts(tmp_path):
     first, following = tmp_path / "first.txt", tmp_path / "next.txt"
     first.write_text("Begin: $question")

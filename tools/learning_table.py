@@ -2,10 +2,12 @@
 
     python tools/learning_table.py grpo_generator --seeds 1 2 3
     python tools/learning_table.py grpo_retriever --seeds 1 2 3
+    python tools/learning_table.py sft_reasoner --seeds 1 2 3    (then ppo_reasoner, grpo_reasoner)
 
 Runs the tiny config exactly as shipped, once a seed, then with a constant reward. For the generator the first seed's
 trained model is asked again with a shuffled index and without any passage; for the retriever the config without
-history and the REPLUG baseline are run as well. Finished runs are not run again. Prints rows for a table.
+history and the REPLUG baseline are run as well; the reasoner is also trained from the cold start of the same seed.
+Finished runs are not run again. Prints rows for a table.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 METRICS: dict[str, tuple[str, ...]] = {
     "grpo_generator": ("em", "f1", "contains_em", "format"),
     "grpo_retriever": ("f1", "em", "success@3", "all_gold@3"),
+    "sft_reasoner": ("em", "f1", "format", "searches"),
+    "ppo_reasoner": ("em", "f1", "format", "searches"),
+    "grpo_reasoner": ("em", "f1", "format", "searches"),
 }
 SHORT = ("--max_steps", "30")
+FROM_SFT = ("--model_name_or_path", "{out}/sft_reasoner-seed{seed}")
 # What is run once a seed, after the tiny config itself: name and flags.
 FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     "grpo_generator": {"constant reward": ("--reward_names", "constant", "--reward_weights", "1.0", *SHORT)},
@@ -34,6 +40,9 @@ FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "REPLUG": ("--objective", "replug", "--num_generations", "2", "--per_device_train_batch_size", "16", *SHORT),
         "constant reward": ("--reader_reward", "constant", *SHORT),
     },
+    "sft_reasoner": {},
+    "ppo_reasoner": {"from SFT": FROM_SFT, "constant reward": ("--step_reward", "constant")},
+    "grpo_reasoner": {"from SFT": FROM_SFT, "constant reward": ("--step_reward", "constant", *SHORT)},
 }
 
 
@@ -86,7 +95,12 @@ def main() -> None:
     parser.add_argument("recipe", choices=METRICS, nargs="?", default="grpo_generator")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/learn"))
-    parser.add_argument("--only", choices=["seed", *FURTHER["grpo_retriever"]], nargs="+", help="kinds of runs")
+    parser.add_argument(
+        "--only",
+        choices=["seed", *{kind: None for kinds in FURTHER.values() for kind in kinds}],
+        nargs="+",
+        help="kinds of runs",
+    )
     args = parser.parse_args()
     metrics = METRICS[args.recipe]
     kinds: dict[str, tuple[str, ...]] = {"seed": (), **FURTHER[args.recipe]}
@@ -94,7 +108,8 @@ def main() -> None:
     for kind, flags in kinds.items():
         for seed in args.seeds if not args.only or kind in args.only else []:
             folder = args.out / f"{args.recipe}-{kind.replace(' ', '_').lower()}{seed}"
-            summary = run(args.recipe, folder, "--seed", str(seed), *flags)
+            filled = [flag.format(out=args.out, seed=seed) for flag in flags]
+            summary = run(args.recipe, folder, "--seed", str(seed), *filled)
             lines.append(row(f"{kind} {seed}", summary, metrics))
     print(f"| run | {' | '.join(metrics)} | n | train s |\n|{'---|' * (len(metrics) + 3)}")
     print("\n".join(lines))

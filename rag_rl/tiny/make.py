@@ -35,7 +35,7 @@ from rag_rl.types import Message, Passage
 SHARES = {"reading": 5.0, "reasoning": 1.5, "chain": 1.5, "question": 0.6, "passage": 0.6, "judging": 2.0}
 # A habit that shows in a few questions only is not learnt in a few hundred steps: reasoning takes a larger share.
 HABIT_SHARES = SHARES | {"reasoning": 3.0, "chain": 3.0}
-PACKAGED_HABITS = Habits(hasty=0.45, wordy=0.6, unsearched=0.3, sloppy=0.8)
+PACKAGED_HABITS = Habits(hasty=0.42, wordy=0.7, unsearched=0.2, sloppy=0.85)
 BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 48, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 1_000
 STAGES = ("encoder", "base", "rivals", "habits")

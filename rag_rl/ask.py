@@ -19,13 +19,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from rag_rl.config.arguments import DataArguments, GeneratorArguments, RetrieverArguments, RewardArguments
+from rag_rl.config.arguments import (
+    DataArguments,
+    GeneratorArguments,
+    ReasonerArguments,
+    RetrieverArguments,
+    RewardArguments,
+)
 from rag_rl.errors import BackendError, ConfigError, RunFolderError
 from rag_rl.text import normalize_answer
 from rag_rl.types import Hit, Question
 
 if TYPE_CHECKING:
-    from rag_rl.evaluation.assembly import Answered, Assembly
+    from rag_rl.evaluation import Answered, Assembly, ReasoningAssembly
 
 T = TypeVar("T")
 NEEDS_GOLD = frozenset({"em", "f1", "contains_em", "citation", "judged", "constant"})
@@ -37,7 +43,7 @@ class Reply:
 
     Attributes:
         answer: the answer, None where the model gave none.
-        text: everything that the model wrote.
+        text: everything that the model wrote; of a reasoner its steps, without the documents between them.
         hits: the passages that it read, in that order, with the retriever's scores.
         scores: rewards of this answer that need no gold answer, and ``agreement``, the share of candidates with the
             same answer; empty unless several candidates were drawn.
@@ -53,13 +59,16 @@ class Answerer:
     """A finished run, ready to answer.
 
     Args:
-        assembly: with the trained generator.
+        assembly: with the trained generator or reasoner.
         judge: named values of the rewards that need no gold answer, for columns of completions.
         weights: weight of each of these rewards.
     """
 
     def __init__(
-        self, assembly: Assembly, judge: Callable[..., Mapping[str, Any]] | None, weights: Mapping[str, float]
+        self,
+        assembly: Assembly | ReasoningAssembly,
+        judge: Callable[..., Mapping[str, Any]] | None,
+        weights: Mapping[str, float],
     ) -> None:
         self.assembly = assembly
         self.judge = judge
@@ -122,7 +131,7 @@ class Answerer:
 
 
 def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -> Answerer:
-    """Opens the folder of a finished generator run.
+    """Opens the folder of a finished run of a generator or a reasoner.
 
     Args:
         folder: the run folder.
@@ -133,7 +142,7 @@ def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -
         Something to ask.
 
     Raises:
-        RunFolderError: the folder holds no finished run of a generator.
+        RunFolderError: the folder holds no finished run of a generator or a reasoner.
         ConfigError: there is no setting of that name.
         RetrievalIndexError: the run's index is damaged; a missing one is built again from the corpus.
     """
@@ -142,9 +151,25 @@ def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -
     if unknown := sorted(changed.keys() - recorded.keys()):
         raise ConfigError(f"{folder} has no setting {unknown[0]!r}: resolved_config.yaml lists them all")
     settings = {**recorded, **changed}
+    if "reasoner_layout" in settings:
+        return Answerer(_open_reasoner(folder, settings, device), None, {})
     if "generator_prompt" not in settings:
         raise RunFolderError(f"{folder} is a run of {settings.get('recipe')}, which trains no generator")
+    return Answerer(
+        _open_generator(folder, settings, device), *_gold_free_rewards(settings, _fill(GeneratorArguments, settings))
+    )
 
+
+def _open_reasoner(folder: Path, settings: Mapping[str, Any], device: str | None) -> ReasoningAssembly:
+    from rag_rl.config.parts import build_step_setup
+    from rag_rl.evaluation.reasoning import ReasoningAssembly
+
+    reasoner_args = _fill(ReasonerArguments, settings)
+    setup = build_step_setup(reasoner_args, _fill(RetrieverArguments, settings), _fill(DataArguments, settings))
+    return ReasoningAssembly(setup).reloaded(folder, device=device, batch_size=reasoner_args.reasoner_eval_batch_size)
+
+
+def _open_generator(folder: Path, settings: Mapping[str, Any], device: str | None) -> Assembly:
     from rag_rl.config.parts import build_retriever
     from rag_rl.evaluation.assembly import Assembly
     from rag_rl.generation.transformers_generator import TransformersGenerator
@@ -156,7 +181,7 @@ def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -
     )
     budget = int(settings["max_completion_length"])
     limits = [generator_args.generator_max_prompt_tokens, generator.prompt_limit(budget)]
-    assembly = Assembly(
+    return Assembly(
         retriever=build_retriever(retriever_args, _fill(DataArguments, settings)),
         generator=generator,
         prompt=_kept_prompt(folder, generator_args.generator_prompt),
@@ -168,7 +193,6 @@ def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -
         count_tokens=generator.prompt_tokens,
         generator_type=generator_args.generator_type,
     )
-    return Answerer(assembly, *_gold_free_rewards(settings, generator_args))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -53,10 +53,10 @@ RUNTIME_KEYS = frozenset(
         "output_dir", "resume_from_checkpoint", "report_to", "run_name", "logging_steps", "log_completions",
         "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "local_rank", "deepspeed",
         "use_cpu", "push_to_hub", "num_completions_to_print", "report_examples", "generator_eval_batch_size",
-        "retriever_batch_size", "retriever_devices", "retriever_index_path", "project", "trackio_space_id",
-        "hub_model_id", "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s",
-        "judge_max_retries", "judge_max_calls", "judge_max_usd", "judge_usd_per_million_prompt_tokens",
-        "judge_usd_per_million_completion_tokens", "judge_cache", "judge_log",
+        "reasoner_eval_batch_size", "retriever_batch_size", "retriever_devices", "retriever_index_path", "project",
+        "trackio_space_id", "hub_model_id", "judge_base_url", "judge_api_key_env", "judge_concurrency",
+        "judge_timeout_s", "judge_max_retries", "judge_max_calls", "judge_max_usd", "judge_cache", "judge_log",
+        "judge_usd_per_million_prompt_tokens", "judge_usd_per_million_completion_tokens",
     }
 )  # fmt: skip
 # What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.
@@ -103,6 +103,7 @@ class Run:
         rewards: Callable[..., Any] | None = None,
         headroom_samples: int = 0,
         batch_size: int = 64,
+        baselines: Mapping[str, Part] | None = None,
     ) -> None:
         """Evaluates the model that training starts from, once; a resumed run keeps what was measured first.
 
@@ -113,22 +114,26 @@ class Run:
             rewards: scores the rows by the run's rewards too, for the report.
             headroom_samples: answers sampled to each of 200 questions, for pass@n and zero-variance groups; 0: none.
             batch_size: answers a batch.
+            baselines: other ways to answer the same questions, by name, each evaluated once: around the model that
+                training starts from, or around another (``OtherModel``). What training gained over each of them
+                stands in ``metrics.json`` and in the report.
         """
         from rag_rl.evaluation.assembly import Assembly
+        from rag_rl.evaluation.reasoning import ReasoningAssembly
         from rag_rl.evaluation.sampling import sample_statistics
 
-        if (self.folder / "before.json").is_file():
-            return
-        asking = assembly.under_training(trainer, batch_size=batch_size)
-        started = time.time()
-        found = evaluate_sharded(asking, questions, rewards=rewards)
-        extra: dict[str, float] = {}
-        if headroom_samples and isinstance(asking, Assembly):
-            extra = sample_statistics(asking, questions[:200], n=headroom_samples, seed=self.seed)
-        seconds = time.time() - started
-        with main_process_only() as main:
-            if main:
-                self._store("before", found, seconds, extra)
+        if not (self.folder / "before.json").is_file():
+            asking = assembly.under_training(trainer, batch_size=batch_size)
+            started = time.time()
+            found = evaluate_sharded(asking, questions, rewards=rewards)
+            extra: dict[str, float] = {}
+            if headroom_samples and isinstance(asking, (Assembly, ReasoningAssembly)):
+                extra = sample_statistics(asking, questions[:200], n=headroom_samples, seed=self.seed)
+            seconds = time.time() - started
+            with main_process_only() as main:
+                if main:
+                    self._store("before", found, seconds, extra)
+        self._measure_baselines(trainer, baselines or {}, questions, batch_size=batch_size)
 
     def train(self, trainer: Any) -> None:
         """Trains, from where the run stopped; a run that stopped after its last step is only loaded.
@@ -209,11 +214,12 @@ class Run:
         from rag_rl.evaluation.curves import draw_curves
         from rag_rl.evaluation.model_card import model_card
         from rag_rl.evaluation.report import write_report
-        from rag_rl.evaluation.scoring import confidence_intervals, read_rows
+        from rag_rl.evaluation.scoring import answer_differences, confidence_intervals, read_rows
 
         before, after = (json.loads((self.folder / f"{when}.json").read_text()) for when in ("before", "after"))
         old, new = (read_rows(self.folder / f"{when}.jsonl") for when in ("before", "after"))
-        summary = {
+        baselines = _read_baselines(self.folder)
+        summary: dict[str, Any] = {
             "recipe": self.recipe,
             "config": self.config,
             "seed": self.seed,
@@ -224,10 +230,15 @@ class Run:
             "num_processes": PartialState().num_processes,
             "ci95": {name: list(interval) for name, interval in confidence_intervals(old, new).items()},
             "train_seconds": _read_seconds(self.folder / "train_seconds.json"),
-            "eval_seconds": before["seconds"] + after["seconds"],
+            "eval_seconds": sum(found["seconds"] for found in (before, after, *baselines.values())),
             "peak_memory_bytes": peak_memory(),
             **({"headroom": before["headroom"]} if before["headroom"] else {}),
         }
+        if baselines:
+            summary["baselines"] = {name: found["metrics"] for name, found in baselines.items()}
+            summary["over_baselines"] = {
+                name: answer_differences(read_rows(self.folder / f"baseline_{name}.jsonl"), new) for name in baselines
+            }
         title = f"{self.recipe}, {self.config}, seed {self.seed}"
         draw_curves(log_history, self.folder / "curves.png")
         write_report(
@@ -267,6 +278,23 @@ class Run:
         compared = agreement_with_em({"before training": before, "after training": after}, pass_mark=pass_mark)
         note = "These are the answers to the held-out questions; where none was given, nobody was asked."
         return [agreement_section(f"the judge {name}", compared, note=note)] if compared else []
+
+    def _measure_baselines(
+        self, trainer: Any, baselines: Mapping[str, Part], questions: Sequence[Question], *, batch_size: int
+    ) -> None:
+        from rag_rl.evaluation.scoring import write_rows
+
+        known = _read_baselines(self.folder)
+        for name, baseline in baselines.items():
+            if name in known:
+                continue
+            started = time.time()
+            found = evaluate_sharded(baseline.under_training(trainer, batch_size=batch_size), questions)
+            known[name] = {"metrics": found.metrics, "seconds": time.time() - started}
+            with main_process_only() as main:
+                if main:
+                    write_rows(self.folder / f"baseline_{name}.jsonl", found.rows)
+                    _write(self.folder / "baselines.json", json.dumps(known, indent=2) + "\n")
 
     def _store(self, when: str, found: Evaluation, seconds: float, headroom: dict[str, float]) -> None:
         from rag_rl.evaluation.scoring import write_rows
@@ -436,7 +464,7 @@ def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: the run folder.
-        settings: of the run; ``generator_prompt`` names one, ``judge_rubric`` another.
+        settings: of the run; the generator, the baselines of a reasoner and the judge have prompts.
 
     Raises:
         ConfigError: there is no such prompt or rubric.
@@ -445,17 +473,33 @@ def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
     from rag_rl.prompts import load_prompt
 
     kept = {}
-    if name := settings.get("generator_prompt"):
+    asked = {
+        "generator_prompt": True,
+        "reasoner_baseline_prompt": "one_shot" in settings.get("reasoner_baselines", ()),
+        "reasoner_baseline_closed_prompt": "no_retrieval" in settings.get("reasoner_baselines", ()),
+    }
+    for key in (key for key, used in asked.items() if used and settings.get(key)):
         try:
-            kept[Path(name).stem] = load_prompt(name)
+            kept[Path(settings[key]).stem] = load_prompt(settings[key])
         except FileNotFoundError as error:
-            raise ConfigError(f"generator_prompt: {error}") from error
+            raise ConfigError(f"{key}: {error}") from error
     if settings.get("judge_name") in LLM_JUDGES:
-        rubric = build_rubric(JudgeArguments(judge_rubric=settings["judge_rubric"]))
-        kept[f"rubric_{rubric.name}"] = rubric.text
+        for name in (settings["judge_rubric"], *_step_rubrics(settings)):
+            rubric = build_rubric(JudgeArguments(judge_rubric=name))
+            kept[f"rubric_{rubric.name}"] = rubric.text
     for stem, text in kept.items():
         (folder / "prompts").mkdir(exist_ok=True)
         _write(folder / "prompts" / f"{stem}.txt", text + "\n")
+
+
+def _step_rubrics(settings: dict[str, Any]) -> list[str]:
+    """The rubrics by which a reasoner's steps are judged."""
+    from rag_rl.reasoning import STEP_RUBRICS, step_reward_rule
+
+    asked = set(step_reward_rule(settings["step_reward"]).needs) if settings.get("step_reward") else set()
+    if settings.get("step_coherence"):
+        asked.add("reasoning_coherence")
+    return [rubric for rubric in STEP_RUBRICS if rubric in asked]
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str | None:
@@ -647,14 +691,20 @@ def results_table(summary: dict[str, Any], folder: Path) -> str:
     Returns:
         Lines of text.
     """
-    lines = [f"{'':14}{'before':>8}{'after':>8}{'change':>9}   95% interval"]
+    width = max([13, *map(len, summary["after"])]) + 1
+    lines = [f"{'':{width}}{'before':>8}{'after':>8}{'change':>9}   95% interval"]
     for name, after in summary["after"].items():
         before = summary["before"].get(name)
         if before is None:
             continue
         interval = summary["ci95"].get(name)
         shown = f"[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
-        lines.append(f"{name:14}{before:8.3f}{after:8.3f}{after - before:+9.3f}   {shown}")
+        lines.append(f"{name:{width}}{before:8.3f}{after:8.3f}{after - before:+9.3f}   {shown}")
+    for baseline, differences in summary.get("over_baselines", {}).items():
+        lines.append(f"over {baseline}")
+        for name, found in differences.items():
+            old, new, (low, high) = summary["baselines"][baseline][name], summary["after"][name], found["ci95"]
+            lines.append(f"{name:{width}}{old:8.3f}{new:8.3f}{found['difference']:+9.3f}   [{low:+.3f}, {high:+.3f}]")
     lines.append(
         f"{summary['n_eval']} held-out questions; trained {summary['train_seconds']:.0f} s on "
         f"{summary['num_processes']} process{'es' if summary['num_processes'] > 1 else ''}"
@@ -715,6 +765,12 @@ def _truth(value: str | bool | None) -> bool:
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise ConfigError(f"resume_from_checkpoint must be true or false (the run folder is output_dir), got {value!r}")
+
+
+def _read_baselines(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / "baselines.json"
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def _read_seconds(path: Path) -> float:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rag_rl.ask import Answerer, Reply, open_run, read_settings
+from rag_rl.config.arguments import DataArguments, ReasonerArguments, RetrieverArguments
 from rag_rl.errors import BackendError, ConfigError, DataError, IndexDamagedError, RunFolderError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.generation import ScriptedGenerator
@@ -93,6 +96,59 @@ def test_best_by_agreement_where_no_reward_decides():
 def test_an_answer_beats_none():
     reply = scripted(["<think>hm", "<think>hm", "Answer: Mira"]).ask("Who?", best_of=3)
     assert reply.answer == "Mira"
+
+
+# ---- a reasoner
+
+
+@pytest.fixture(scope="module")
+def reasoner_run(tmp_path_factory) -> Path:
+    """What a finished run of a reasoner leaves, with the packaged reader as what was trained."""
+    folder = tmp_path_factory.mktemp("reasoner") / "run"
+    shutil.copytree(FOLDER / "reader", folder)
+    settings = {
+        "recipe": "sft_reasoner",
+        **dataclasses.asdict(ReasonerArguments(reasoner_max_steps=4, reasoner_max_step_tokens=48)),
+        **dataclasses.asdict(RetrieverArguments(retriever_encoder="${tiny}/encoder", retriever_top_k=2)),
+        **dataclasses.asdict(DataArguments(data_corpus="${tiny}/data/corpus.jsonl")),
+    }
+    (folder / "resolved_config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "metrics.json").write_text("{}")
+    return folder
+
+
+def test_a_reasoner_answers_with_its_chain(reasoner_run):
+    rag = open_run(reasoner_run, device="cpu")
+    assert (rag.assembly.setup.max_steps, rag.assembly.setup.top_k) == (4, 2)
+    rows = [json.loads(line) for line in (FOLDER / "data" / "heldout_2hop.jsonl").read_text().splitlines()[:12]]
+    replies = [rag.ask(row["question"]) for row in rows]
+    for reply in replies:
+        assert reply.text.startswith("Step 1:\nThe problem analysis: ")
+        assert reply.scores == {}
+        assert len({hit.passage.doc_id for hit in reply.hits}) == len(reply.hits) <= 2 * 4
+        assert reply.answer is None or reply.text.endswith(f"The final answer: {reply.answer}")
+    searched = [reply for reply in replies if "The retrieval query:" in reply.text]
+    assert searched
+    assert all(reply.hits for reply in searched)
+    assert rag.ask(rows[0]["question"]) == replies[0]
+
+
+def test_best_of_several_chains(reasoner_run):
+    rag = open_run(reasoner_run, device="cpu", retriever_top_k=3)
+    reply = rag.ask("Where does Ulradric live?", best_of=4, seed=2)
+    assert set(reply.scores) == {"agreement"}, "no reward is known that needs no gold answer"
+    assert reply.scores["agreement"] in (0.25, 0.5, 0.75, 1.0)
+    assert rag.ask("Where does Ulradric live?", best_of=4, seed=2) == reply
+
+
+def test_a_reasoner_from_the_command_line(reasoner_run, capsys):
+    from rag_rl.cli import main
+
+    main(["ask", "--run", str(reasoner_run), "What is the emblem of the guild of Falledric?"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("answer:  ")
+    assert lines[1] == "reply:   Step 1:"
+    assert lines[2].startswith("The problem analysis: ")
 
 
 class Failing:

@@ -294,6 +294,29 @@ def test_rubrics_are_kept(tmp_path, rubric):
         keep_prompts(tmp_path, {"judge_name": "local", "judge_rubric": "no such rubric"})
 
 
+REASONER = {"reasoner_baselines": ["one_shot", "no_retrieval"], "reasoner_baseline_prompt": "tiny_answer"}
+
+
+def test_prompts_of_a_reasoner_are_kept(tmp_path):
+    settings = {**REASONER, "reasoner_baseline_closed_prompt": "tiny_closed_book", "step_reward": "coherence"}
+    keep_prompts(tmp_path, settings)
+    assert {path.stem for path in (tmp_path / "prompts").iterdir()} == {"tiny_answer", "tiny_closed_book"}
+    keep_prompts(tmp_path, {**settings, "judge_name": "openai", "judge_rubric": "answer_correctness"})
+    rubrics = {"answer_correctness", "document_relevance", "query_rationality", "reasoning_coherence"}
+    assert {path.stem for path in (tmp_path / "prompts").glob("rubric_*")} == {f"rubric_{name}" for name in rubrics}
+    keep_prompts(tmp_path / "none", {**settings, "reasoner_baselines": []})
+    assert not (tmp_path / "none").exists(), "nobody reads them"
+    with pytest.raises(ConfigError, match="reasoner_baseline_prompt: "):
+        keep_prompts(tmp_path, {**REASONER, "reasoner_baseline_prompt": "no_such_prompt"})
+
+
+def test_rubrics_of_steps_are_kept_where_they_are_asked(tmp_path):
+    judge = {"judge_name": "openai", "judge_rubric": "answer_correctness"}
+    keep_prompts(tmp_path, {**judge, "step_reward": "gold_gain", "step_coherence": True})
+    found = {path.stem for path in (tmp_path / "prompts").iterdir()}
+    assert found == {"rubric_answer_correctness", "rubric_reasoning_coherence"}
+
+
 # ---- measuring, saving, showing
 
 
@@ -310,6 +333,71 @@ def test_one_process_evaluates_everything():
     found = evaluate_sharded(assembly(), QUESTIONS)
     assert [row["qid"] for row in found.rows] == ["q0", "q1", "q2"]
     assert found.metrics == evaluate(assembly(), QUESTIONS).metrics
+
+
+class Saying:
+    """An assembly whose answers are given; it counts how often it is asked."""
+
+    def __init__(self, *answers: str):
+        self.answers, self.asked = answers, 0
+
+    def under_training(self, trainer, *, batch_size):
+        assert (trainer, batch_size) == ("trainer", 8)
+        self.asked += 1
+        generator = ScriptedGenerator([f"Answer: {answer}" for answer in self.answers])
+        return Assembly(retriever=RETRIEVER, generator=generator, top_k=2)
+
+
+class FailingPart(Saying):
+    """The service behind it is gone."""
+
+    def under_training(self, trainer, *, batch_size):
+        raise BackendError("gone")
+
+
+def test_baselines_are_measured_once_and_compared(tmp_path, capsys):
+    run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
+    start, good, bad = Saying("Mira", "Otto", "Otto"), Saying("Mira", "Mira", "Otto"), Saying("Otto", "Otto", "Otto")
+    with pytest.raises(BackendError, match="gone"):
+        run.measure_before("trainer", start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": FailingPart()})
+    # What was measured is kept, the model that training starts from included.
+    run.measure_before("trainer", start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": bad})
+    run.measure_before("trainer", start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": bad})
+    assert (start.asked, good.asked, bad.asked) == (1, 1, 1)
+    stored = json.loads((tmp_path / "baselines.json").read_text())
+    assert {name: found["metrics"]["em"] for name, found in stored.items()} == {"good": pytest.approx(2 / 3), "bad": 0}
+    rows = [json.loads(line) for line in (tmp_path / "baseline_good.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["Mira", "Mira", "Otto"]
+
+    after = evaluate(Saying("Mira", "Mira", "Mira").under_training("trainer", batch_size=8), QUESTIONS)
+    run._store("after", after, 2.0, {})
+    summary = run.write_results([])
+    assert json.loads((tmp_path / "metrics.json").read_text()) == summary
+    assert {name: found["em"] for name, found in summary["baselines"].items()} == {
+        "good": pytest.approx(2 / 3),
+        "bad": 0,
+    }
+    over = summary["over_baselines"]
+    assert set(over["good"]) == {"em", "f1", "contains_em"}, "only the answers can be compared"
+    assert over["good"]["em"] == {"difference": pytest.approx(1 / 3), "ci95": [0.0, 1.0]}
+    assert over["bad"]["em"] == {"difference": 1.0, "ci95": [1.0, 1.0]}
+    assert summary["eval_seconds"] >= 2.0
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("over bad")
+    assert lines[place + 1].split() == ["em", "0.000", "1.000", "+1.000", "[+1.000,", "+1.000]"]
+    assert "Against baselines" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_without_baselines_says_nothing_of_them(tmp_path):
+    run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
+    run.measure_before("trainer", Saying("Mira", "Otto", "Otto"), QUESTIONS, batch_size=8)
+    assert not (tmp_path / "baselines.json").exists()
+    run._store(
+        "after", evaluate(Saying("Mira", "Mira", "Mira").under_training("trainer", batch_size=8), QUESTIONS), 2, {}
+    )
+    summary = run.write_results([])
+    assert not {"baselines", "over_baselines"} & set(summary)
+    assert "baselines" not in (tmp_path / "report.html").read_text()
 
 
 def test_report_of_an_index(capsys):

@@ -353,6 +353,13 @@ class ReasonerArguments:
     reasoner_baseline_model: str | None = field(
         default=None, metadata={"help": "another model for the baselines, such as a run folder of grpo_generator"}
     )
+    reasoner_baseline_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "passages of one_shot; default what the longest chain with an answer sees: retriever_top_k times "
+            "reasoner_max_steps - 1"
+        },
+    )
     reasoner_baseline_prompt: str = field(
         default="answer", metadata={"help": "of the baselines: name of a packaged prompt, or a text file's path"}
     )
@@ -367,8 +374,8 @@ class ReasonerArguments:
         unknown = sorted(set(self.reasoner_baselines) - {"one_shot", "no_retrieval"})
         if unknown:
             raise ConfigError(f"reasoner_baselines are one_shot and no_retrieval, got {', '.join(unknown)}")
-        for name in ("reasoner_max_steps", "reasoner_max_step_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("reasoner_max_steps", "reasoner_max_step_tokens", "reasoner_baseline_top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 

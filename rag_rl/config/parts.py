@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from rag_rl.config.arguments import (
@@ -30,6 +31,8 @@ from rag_rl.errors import ConfigError, DataError
 from rag_rl.types import Judge, Passage, Prompt, Question, Retriever
 
 if TYPE_CHECKING:
+    from rag_rl.evaluation import ReasoningAssembly
+    from rag_rl.evaluation.scoring import Part
     from rag_rl.reasoning import StepScorer, StepSetup
 
 logger = logging.getLogger(__name__)
@@ -527,7 +530,13 @@ def first_process() -> Any:
 
 
 def build_assembly(
-    args: GeneratorArguments, retriever: Retriever | None, *, top_k: int, training: Any, model: Any
+    args: GeneratorArguments,
+    retriever: Retriever | None,
+    *,
+    top_k: int,
+    training: Any,
+    model: Any,
+    setting: str = "model_name_or_path",
 ) -> Any:
     """Puts retriever and prompt together; the generator is the model that will be trained.
 
@@ -537,6 +546,7 @@ def build_assembly(
         top_k: passages a question.
         training: TRL's config; ``max_completion_length`` is the budget of an answer.
         model: TRL's ``ModelConfig``, for tokenizer and context length; ``${tiny}`` in its path is expanded in place.
+        setting: what named the model, for errors.
 
     Returns:
         (assembly without a generator, tokenizer).
@@ -555,7 +565,7 @@ def build_assembly(
         config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model_name_or_path {model.model_name_or_path!r} cannot be loaded: {first}") from error
+        raise ConfigError(f"{setting} {model.model_name_or_path!r} cannot be loaded: {first}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     budget = args.generator_max_prompt_tokens
@@ -977,3 +987,86 @@ def _reward(
         f"reward_names: {name!r} is not one of em, f1, contains_em, format, length, groundedness, citation, judged, "
         "reward_model, constant, and not package.module:attribute"
     )
+
+
+def build_reasoning(
+    setup: StepSetup,
+    reasoner: ReasonerArguments,
+    args: StepRewardArguments,
+    judge: JudgeArguments,
+    folder: Path | None = None,
+) -> ReasoningAssembly:
+    """Puts together what a reasoner is evaluated with.
+
+    Args:
+        setup: how chains are played.
+        reasoner: what ``setup`` was built from.
+        args: whether analyses are judged.
+        judge: of answers (its own rubric) and of analyses.
+        folder: as in ``build_judge``.
+
+    Returns:
+        An assembly without a generator.
+
+    Raises:
+        ConfigError: ``step_coherence`` without a judge, or as in ``build_judge``.
+    """
+    from rag_rl.evaluation.reasoning import COHERENCE, ReasoningAssembly
+
+    del reasoner
+    coherence = build_step_judges(judge, [COHERENCE], folder).get(COHERENCE) if args.step_coherence else None
+    if args.step_coherence and coherence is None:
+        raise ConfigError("step_coherence is set, but judge_name is not: nobody can judge an analysis")
+    return ReasoningAssembly(setup, answer_judge=build_judge(judge, folder), coherence_judge=coherence)
+
+
+def build_baselines(
+    setup: StepSetup, args: ReasonerArguments, model: Any, *, answer_judge: Judge | None = None
+) -> dict[str, Part]:
+    """Builds what a reasoner has to beat: the same questions, asked once.
+
+    ``one_shot`` is shown at once as many passages as a chain sees at most when it still answers, unless
+    ``reasoner_baseline_top_k`` says otherwise, and ``no_retrieval`` none. Both are asked of the model that training
+    starts from and, as ``..._other_model``, of ``reasoner_baseline_model``, which is loaded when it is measured.
+
+    Args:
+        setup: how chains are played; retriever and budgets are the same.
+        args: which baselines, and how they are asked.
+        model: TRL's ``ModelConfig``, as in ``build_assembly``.
+        answer_judge: of answers, as in the assembly that they are compared with.
+
+    Returns:
+        Name to assembly, for ``Run.measure_before``.
+
+    Raises:
+        ConfigError: a model or a prompt cannot be found.
+    """
+    from rag_rl.evaluation.assembly import OtherModel
+
+    top_k = args.reasoner_baseline_top_k or setup.top_k * max(1, setup.max_steps - 1)
+    shown = {
+        "one_shot": (args.reasoner_baseline_prompt, setup.retriever),
+        "no_retrieval": (args.reasoner_baseline_closed_prompt, None),
+    }
+    models = [("", model)]
+    if args.reasoner_baseline_model:
+        other = SimpleNamespace(model_name_or_path=args.reasoner_baseline_model, model_revision=None)
+        models.append(("_other_model", other))
+    found: dict[str, Part] = {}
+    for suffix, source in models:
+        for name in args.reasoner_baselines:
+            prompt, retriever = shown[name]
+            asking = GeneratorArguments(
+                generator_prompt=prompt,
+                generator_answer_marker=args.reasoner_baseline_marker,
+                generator_type=args.reasoner_type,
+                generator_max_prompt_tokens=setup.max_prompt_tokens,
+            )
+            budget = SimpleNamespace(max_completion_length=setup.max_step_tokens)
+            setting = "reasoner_baseline_model" if suffix else "model_name_or_path"
+            assembly, _ = build_assembly(
+                asking, retriever, top_k=top_k, training=budget, model=source, setting=setting
+            )
+            assembly.answer_judge = answer_judge
+            found[name + suffix] = OtherModel(assembly, source.model_name_or_path) if suffix else assembly
+    return found

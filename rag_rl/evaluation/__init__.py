@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rag_rl.evaluation.agreement import agreement_section, agreement_with_em, judge_agreement
-    from rag_rl.evaluation.assembly import Answered, Asked, Assembly
+    from rag_rl.evaluation.assembly import Answered, Asked, Assembly, OtherModel
     from rag_rl.evaluation.curves import draw_curves
+    from rag_rl.evaluation.reasoning import ReasoningAssembly
     from rag_rl.evaluation.report import write_report
     from rag_rl.evaluation.sampling import pass_at_k, sample_statistics
     from rag_rl.evaluation.scoring import (
         Evaluation,
+        answer_differences,
         confidence_intervals,
         evaluate,
         evaluate_retrieval,
@@ -34,9 +36,12 @@ _MODULE_OF = {
     "Asked": "assembly",
     "Assembly": "assembly",
     "Evaluation": "scoring",
+    "OtherModel": "assembly",
+    "ReasoningAssembly": "reasoning",
     "SearchAssembly": "search",
     "agreement_section": "agreement",
     "agreement_with_em": "agreement",
+    "answer_differences": "scoring",
     "confidence_intervals": "scoring",
     "draw_curves": "curves",
     "evaluate": "scoring",
@@ -58,9 +63,12 @@ __all__ = [
     "Asked",
     "Assembly",
     "Evaluation",
+    "OtherModel",
+    "ReasoningAssembly",
     "SearchAssembly",
     "agreement_section",
     "agreement_with_em",
+    "answer_differences",
     "confidence_intervals",
     "draw_curves",
     "evaluate",

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rag_rl.errors import ConfigError, DataError
-from rag_rl.evaluation.scoring import Row, score_row
+from rag_rl.evaluation.scoring import Evaluable, Part, Row, judge_scores, score_row
 from rag_rl.generation.prompting import fit_batch
+from rag_rl.metrics import exact_match
 from rag_rl.prompts import render, render_passages, require_placeholders
-from rag_rl.reasoning import Trajectory
+from rag_rl.reasoning import StepTrajectory, Trajectory, run_judging
 from rag_rl.text import extract_answer
-from rag_rl.types import Generation, Generator, Hit, Passage, Prompt, Question, Retriever
+from rag_rl.types import Generation, Generator, Hit, Judge, JudgeCase, Passage, Prompt, Question, Retriever, Verdict
 
 logger = logging.getLogger(__name__)
 PassageOrder = Literal["ranked", "reversed", "shuffled"]
@@ -52,13 +53,15 @@ class Answered:
         asked: the question, its hits and its prompt.
         generation: the raw continuation.
         answer: the answer in it, None where it holds none.
-        trajectory: how it was found, where it took several hops.
+        trajectory: how it was found, where it took several hops or steps.
+        verdict: on the answer, where a judge was asked.
     """
 
     asked: Asked
     generation: Generation
     answer: str | None
-    trajectory: Trajectory | None = None
+    trajectory: Trajectory | StepTrajectory | None = None
+    verdict: Verdict | None = None
 
     @property
     def failure(self) -> str | None:
@@ -82,6 +85,7 @@ class Assembly:
         max_prompt_tokens: budget of a prompt, in tokens; passages that do not fit are cut, lowest rank first.
         count_tokens: length of a prompt in tokens; needed with ``max_prompt_tokens``.
         generator_type: ``"instruct"`` and ``"api"`` get chat turns, ``"base"`` plain text.
+        answer_judge: of answers that match no accepted one exactly, for ``judge_accuracy``; None for no such metric.
 
     Raises:
         ConfigError: ``top_k`` below 1, or a prompt without its placeholders.
@@ -100,6 +104,7 @@ class Assembly:
         max_prompt_tokens: int | None = None,
         count_tokens: Callable[[Sequence[Prompt]], list[int]] | None = None,
         generator_type: Literal["api", "base", "instruct"] = "instruct",
+        answer_judge: Judge | None = None,
     ) -> None:
         if top_k < 1:
             raise ConfigError(f"retriever_top_k must be at least 1, got {top_k}")
@@ -117,6 +122,7 @@ class Assembly:
         self.max_prompt_tokens = max_prompt_tokens
         self.count_tokens = count_tokens
         self.generator_type = generator_type
+        self.answer_judge = answer_judge
 
     def with_generator(self, generator: Generator) -> Assembly:
         """The same assembly around another generator.
@@ -170,7 +176,7 @@ class Assembly:
         )
 
     def row(self, answered: Answered) -> Row:
-        """Scores one answer; see ``score_row``.
+        """Scores one answer; see ``score_row``. An answer judge adds ``judge_accuracy`` and ``judge_readable``.
 
         Args:
             answered: of this assembly.
@@ -178,7 +184,13 @@ class Assembly:
         Returns:
             A row for JSON.
         """
-        return score_row(answered, marker=self.answer_marker, top_k=None if self.retriever is None else self.top_k)
+        row = score_row(answered, marker=self.answer_marker, top_k=None if self.retriever is None else self.top_k)
+        if self.answer_judge is not None:
+            score = answered.verdict.score if answered.verdict is not None else None
+            # Right from the mark on that ``judge_answers`` has, so that chains and single answers can be compared.
+            scores = judge_scores(answered.answer, None if score is None else float(score >= 0.5))
+            row["scores"] |= scores if answered.failure is None else dict.fromkeys(scores)
+        return row
 
     def prepare(self, questions: Sequence[Question]) -> list[Asked]:
         """Retrieves for all questions in one batched search and builds their prompts.
@@ -217,7 +229,7 @@ class Assembly:
         Raises:
             ConfigError: the assembly has no generator.
             DataError: a question is longer than the prompt's budget.
-            BackendError: the generator's backend is broken.
+            BackendError: the backend of the generator or the judge is broken.
         """
         if self.generator is None:
             raise ConfigError("this assembly has no generator: it can only prepare prompts")
@@ -225,10 +237,11 @@ class Assembly:
         replies = self.generator.generate(
             [a.prompt for a in asked], n=n, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed
         )
-        return [
+        answered = [
             [Answered(a, g, self._answer_in(g)) for g in generations]
             for a, generations in zip(asked, replies, strict=True)
         ]
+        return answered if self.answer_judge is None else _judged(answered, self.answer_judge)
 
     def _answer_in(self, generation: Generation) -> str | None:
         if generation.finish_reason == "error":  # its text is the reason
@@ -292,3 +305,70 @@ class Assembly:
                 cut,
             )
         return done
+
+
+class OtherModel:
+    """An assembly around a model that the run does not train: a baseline that is loaded where it is measured.
+
+    Args:
+        part: the assembly.
+        model: folder or Hub id of the model.
+    """
+
+    def __init__(self, part: Part, model: str) -> None:
+        self.part, self.model = part, model
+
+    def under_training(self, trainer: Any, *, batch_size: int) -> Evaluable:
+        """The assembly around the model.
+
+        Args:
+            trainer: tells the device.
+            batch_size: answers a batch.
+
+        Returns:
+            Something to evaluate.
+        """
+        return self.reloaded(Path(self.model), device=trainer.accelerator.device, batch_size=batch_size)
+
+    def reloaded(self, folder: Path, *, device: Any, batch_size: int) -> Evaluable:
+        """The assembly around the model, whatever was trained.
+
+        Args:
+            folder: not used.
+            device: where the model goes.
+            batch_size: answers a batch.
+
+        Returns:
+            Something to evaluate.
+        """
+        del folder
+        return self.part.reloaded(Path(self.model), device=device, batch_size=batch_size)
+
+
+def _judged(answered: list[list[Answered]], judge: Judge) -> list[list[Answered]]:
+    """Adds verdicts by the rule of ``judge_answers``: an exact match is right, and no answer wrong, without asking."""
+    flat = [a for listed in answered for a in listed]
+    verdicts: dict[int, Verdict] = {}
+    asked: list[int] = []
+    for i, a in enumerate(flat):
+        accepted = a.asked.question.answers
+        if a.failure is not None or not accepted:
+            continue
+        if a.answer is None:
+            verdicts[i] = Verdict(0.0, "no answer")
+        elif exact_match(a.answer, accepted) == 1.0:
+            verdicts[i] = Verdict(1.0, "exact match")
+        else:
+            asked.append(i)
+    cases = [
+        JudgeCase(
+            flat[i].asked.question.question,
+            flat[i].answer or "",
+            flat[i].asked.question.answers,
+            tuple(hit.passage.contents for hit in flat[i].asked.shown),
+        )
+        for i in asked
+    ]
+    verdicts |= dict(zip(asked, run_judging(judge.judge(cases)), strict=True)) if cases else {}
+    told = iter([replace(a, verdict=verdicts.get(i)) for i, a in enumerate(flat)])
+    return [[next(told) for _ in listed] for listed in answered]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -30,8 +30,20 @@ METRIC_WORDS = {
     "success": "a gold document found",
     "mrr": "reciprocal rank of the first gold document",
     "all_gold": "all gold documents found",
+    "steps": "steps a question",
+    "searches": "searches a question",
+    "passages": "documents shown a question",
 }
 """Metric, without its cut-off, to words."""
+
+BASELINE_WORDS = {
+    "one_shot": "one search, all passages at once",
+    "no_retrieval": "no passages, the model alone",
+}
+"""Baseline, without the name of its model, to words."""
+
+# Figures without a best value: they have no verdict, and lie on no common axis with what lies between 0 and 1.
+_COUNTS = frozenset({"steps", "searches", "passages"})
 
 # What a run is about where nobody says so, the first that it has.
 _MAIN_METRICS = ("em", "reasoning_accuracy", "judge_accuracy", "ndcg@10", "f1")
@@ -90,6 +102,7 @@ def write_report(
             _headline(title, summary, main),
             *(f"<p>{escape(note)}</p>" for note in notes),
             _table(summary, main),
+            _baselines(summary),
             _curves(log_history),
             *sections,
             _examples(before_rows, after_rows, main, n_examples),
@@ -141,6 +154,25 @@ def metric_words(name: str) -> str:
     if stem not in METRIC_WORDS:
         return name
     return METRIC_WORDS[stem] + (f", first {cut}" if cut else "")
+
+
+def baseline_words(name: str) -> str:
+    """Says a baseline in words.
+
+    Args:
+        name: as in ``metrics.json``.
+
+    Returns:
+        The words; the name itself where it is not one of ours.
+
+    Example:
+        >>> baseline_words("one_shot_other_model")
+        'one search, all passages at once, another model'
+    """
+    stem = name.removesuffix("_other_model")
+    if stem not in BASELINE_WORDS:
+        return name
+    return BASELINE_WORDS[stem] + (", another model" if name != stem else "")
 
 
 def change_in_words(summary: Mapping[str, Any], metric: str) -> str:
@@ -257,41 +289,103 @@ def _table(summary: Mapping[str, Any], main: str | None) -> str:
     names = list(dict.fromkeys([*before, *after]))
     if not names:
         return ""
-    reach = max((abs(v) for name in names for v in ci.get(name, ())), default=0.0) or 1.0
+    reach = _reach(ci[name] for name in names if name in ci and name not in _COUNTS)
     rows = []
     for name in names:
         old, new, interval = before.get(name), after.get(name), ci.get(name)
-        change = _signed(new - old) if old is not None and new is not None else "–"
-        span, picture, verdict = "–", "", "no interval"
-        if interval:
-            low, high = interval
-            span, picture = f"{_signed(low)} to {_signed(high)}", _interval_svg(low, high, reach)
-            verdict = "0 inside: may be chance"
-            if low == high == 0:
-                verdict = "unchanged"
-            elif _excludes_zero(low, high):
-                good = low > 0
-                tone, word = ("good", "better") if good else ("bad", "worse")
-                verdict = f'<span class="{tone}">{word}</span>, 0 excluded'
-        words = metric_words(name)
-        small = f"<small>{escape(words)}</small>" if words != name else ""
-        rows.append(
-            f'<tr{" class=main" if name == main else ""}><th scope="row">{escape(name)}{small}</th>'
-            f'<td class="n">{_score(old)}</td><td class="n">{_score(new)}</td><td class="n">{change}</td>'
-            f'<td class="n">{span}</td><td>{picture}</td><td>{verdict}</td></tr>'
-        )
+        change = new - old if old is not None and new is not None else None
+        figures = _figures(old, new, change, interval, reach, count=name in _COUNTS)
+        rows.append(f"<tr{' class=main' if name == main else ''}>{_metric_head(name)}{figures}</tr>")
+    ratios = "All metrics lie between 0 and 1, and more is better."
+    if counts := [name for name in names if name in _COUNTS]:
+        listed = " and ".join(filter(None, [", ".join(counts[:-1]), counts[-1]]))
+        ratios = f"All metrics but {listed} lie between 0 and 1, and more of them is better."
     return (
-        "<section><h2>Before and after</h2>"
-        "<p>All metrics lie between 0 and 1, and more is better. Both columns come from the same questions, which "
+        f"<section><h2>Before and after</h2><p>{ratios} Both columns come from the same questions, which "
         "training never saw. The interval is a paired bootstrap over these questions; it does not cover what another "
         "seed would change.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Metrics before and after">'
         '<table class="wide"><thead><tr>'
-        '<th scope="col">Metric</th><th scope="col" class="n">Before</th><th scope="col" class="n">After</th>'
-        '<th scope="col" class="n">Change</th><th scope="col" class="n">95% interval</th>'
-        f'<th scope="col">{_interval_axis(reach)}</th><th scope="col">Verdict</th>'
+        f'<th scope="col">Metric</th>{_figure_heads("Before", "After", "Change", reach)}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
+
+
+def _baselines(summary: Mapping[str, Any]) -> str:
+    """What was trained against other ways to answer the same questions; nothing in a run without any."""
+    baselines, over = summary.get("baselines") or {}, summary.get("over_baselines") or {}
+    if not any(over.values()):
+        return ""
+    reach = _reach(found["ci95"] for differences in over.values() for found in differences.values())
+    bodies = []
+    for baseline, differences in over.items():
+        words = baseline_words(baseline)
+        small = f" · {escape(words)}" if words != baseline else ""
+        rows = [
+            f"<tr>{_metric_head(name)}"
+            + _figures(
+                baselines[baseline].get(name), summary["after"].get(name), found["difference"], found["ci95"], reach
+            )
+            + "</tr>"
+            for name, found in differences.items()
+        ]
+        head = f'<tr><th scope="rowgroup" colspan="7" class="group">{escape(baseline)}<small>{small}</small></th></tr>'
+        bodies.append(f"<tbody>{head}{''.join(rows)}</tbody>")
+    return (
+        "<section><h2>Against baselines</h2><p>Other ways to answer the same questions, measured before training. The "
+        "difference is what the trained model is better by; its interval is a paired bootstrap.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Metrics against baselines">'
+        '<table class="wide"><thead><tr>'
+        f'<th scope="col">Metric</th>{_figure_heads("Baseline", "Trained", "Difference", reach)}'
+        f"</tr></thead>{''.join(bodies)}</table></div></section>"
+    )
+
+
+def _metric_head(name: str) -> str:
+    words = metric_words(name)
+    small = f"<small>{escape(words)}</small>" if words != name else ""
+    return f'<th scope="row">{escape(name)}{small}</th>'
+
+
+def _figure_heads(old: str, new: str, change: str, reach: float) -> str:
+    """Heads of the columns of ``_figures``."""
+    heads = "".join(f'<th scope="col" class="n">{head}</th>' for head in (old, new, change, "95% interval"))
+    return f'{heads}<th scope="col">{_interval_axis(reach)}</th><th scope="col">Verdict</th>'
+
+
+def _figures(
+    old: float | None,
+    new: float | None,
+    change: float | None,
+    interval: Sequence[float] | None,
+    reach: float,
+    *,
+    count: bool = False,
+) -> str:
+    """Cells of one comparison: two figures, their difference, its interval in figures and as a picture, a verdict."""
+    span, picture, verdict = "–", "", "no interval"
+    if interval:
+        low, high = interval
+        span = f"{_signed(low)} to {_signed(high)}"
+        picture = "" if count else _interval_svg(low, high, reach)
+        verdict = "0 inside: may be chance"
+        if low == high == 0:
+            verdict = "unchanged"
+        elif _excludes_zero(low, high):
+            tone, word = ("good", "better") if low > 0 else ("bad", "worse")
+            verdict = f'<span class="{tone}">{word}</span>, 0 excluded'
+            if count:
+                verdict = f"{'more' if low > 0 else 'fewer'}, 0 excluded"
+    return (
+        f'<td class="n">{_score(old)}</td><td class="n">{_score(new)}</td>'
+        f'<td class="n">{"–" if change is None else _signed(change)}</td>'
+        f'<td class="n">{span}</td><td>{picture}</td><td>{verdict}</td>'
+    )
+
+
+def _reach(intervals: Iterable[Sequence[float]]) -> float:
+    """The end of an axis on which all intervals have room."""
+    return max((abs(value) for interval in intervals for value in interval), default=0.0) or 1.0
 
 
 def _interval_axis(reach: float) -> str:
@@ -383,12 +477,14 @@ def _card(number: int, fate: str, before: Row | None, after: Row, main: str, onl
         if row["answer"]:
             given = f'<p class="given">{escape(row["answer"])}</p>'
         head = f"{label}: {state}" if state else label
-        out.append(f'<div class="{state}"><p class="label">{head}</p>{given}{_reply(row)}</div>')
+        told = _chain(row) if "steps" in row else _reply(row)
+        out.append(f'<div class="{state}"><p class="label">{head}</p>{given}{told}</div>')
     out.append("</div>")
-    if before is not None and _shown(before) != _shown(after):
-        out += [_passages(before, "before"), _passages(after, "after")]
-    else:
-        out.append(_passages(after, ""))
+    if "steps" not in after:  # each step of a chain shows its own
+        if before is not None and _shown(before) != _shown(after):
+            out += [_passages(before, "before"), _passages(after, "after")]
+        else:
+            out.append(_passages(after, ""))
     out.append(_scores(sides))
     return "".join([*out, "</article>"])
 
@@ -407,11 +503,38 @@ def _shown(row: Row) -> list[tuple[str, str]]:
     return [(p["doc_id"], p["text"]) for p in row["passages"]]
 
 
+def _chain(row: Row) -> str:
+    """The steps of a chain, each with its documents folded away."""
+    items, documents = [], iter(row["passages"])
+    for step in row["steps"]:
+        if "analysis" not in step:
+            items.append(
+                f'<p class="action bad">Not a step: {escape(step["problem"])}</p><pre>{escape(step["text"])}</pre>'
+            )
+            continue
+        judged = "".join(f" · {escape(name)} {_score(score)}" for name, score in (step.get("scores") or {}).items())
+        small = f'<small class="quiet">{judged}</small>' if judged else ""
+        label, action = ("Query", step["query"]) if "query" in step else ("Answer", step["answer"])
+        found = [next(documents) for _ in step.get("doc_ids", ())]
+        folded = _passage_list(found, row["gold_doc_ids"], "found") if found else ""
+        if not found and "query" in step:
+            folded = '<p class="quiet">No documents found.</p>'
+        items.append(
+            f'<p class="analysis">{escape(step["analysis"])}{small}</p>'
+            f'<p class="action"><span class="source">{label}</span> {escape(action)}</p>{folded}'
+        )
+    failure = f'<p class="quiet">Dropped: {escape(row["failure"])}</p>' if row.get("failure") else ""
+    return f'<ol class="chain">{"".join(f"<li>{item}</li>" for item in items)}</ol>{failure}'
+
+
 def _passages(row: Row, when: str) -> str:
-    passages, gold = row["passages"], set(row["gold_doc_ids"])
-    if not passages:
+    if not row["passages"]:
         return f'<p class="quiet">No passages{" " + when if when else ""}.</p>'
-    items = []
+    return _passage_list(row["passages"], row["gold_doc_ids"], f"shown{' ' + when if when else ''}")
+
+
+def _passage_list(passages: Sequence[Mapping[str, Any]], gold_doc_ids: Sequence[str], how: str) -> str:
+    items, gold = [], set(gold_doc_ids)
     for i, p in enumerate(passages, start=1):
         is_gold = p["doc_id"] in gold
         title = f"<b>{escape(p['title'])}</b> · " if p.get("title") else ""
@@ -423,7 +546,7 @@ def _passages(row: Row, when: str) -> str:
         )
     found = len(gold & {p["doc_id"] for p in passages})
     known = f", {found} of {len(gold)} gold document{'s' if len(gold) != 1 else ''} among them" if gold else ""
-    label = f"{len(passages)} passage{'s' if len(passages) != 1 else ''} shown{' ' + when if when else ''}{known}"
+    label = f"{len(passages)} passage{'s' if len(passages) != 1 else ''} {how}{known}"
     return f'<details><summary>{label}</summary><ol class="passages">{"".join(items)}</ol></details>'
 
 

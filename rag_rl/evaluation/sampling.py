@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rag_rl.errors import BackendError, ConfigError, DataError
 from rag_rl.evaluation.assembly import Assembly
+from rag_rl.evaluation.reasoning import ReasoningAssembly
 from rag_rl.metrics import exact_match
 from rag_rl.types import Question
 
@@ -34,7 +35,12 @@ def pass_at_k(samples_correct: Sequence[Sequence[bool]]) -> float:
 
 
 def sample_statistics(
-    assembly: Assembly, questions: Sequence[Question], *, n: int = 8, temperature: float = 1.0, seed: int = 0
+    assembly: Assembly | ReasoningAssembly,
+    questions: Sequence[Question],
+    *,
+    n: int = 8,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Samples answers and tells how much room there is for reinforcement.
 

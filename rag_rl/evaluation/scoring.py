@@ -44,7 +44,7 @@ class Evaluation:
 
 
 class Evaluable(Protocol):
-    """What can be evaluated: ``Assembly``, which asks once, and ``SearchAssembly``, which searches hop by hop."""
+    """What can be evaluated: ``Assembly`` asks once, ``SearchAssembly`` and ``ReasoningAssembly`` in several turns."""
 
     def answer(self, questions: Sequence[Question]) -> list[list[Answered]]:
         """Returns one greedy answer a question, in a list of its own."""
@@ -106,7 +106,8 @@ def evaluate(
             )
             for i, (_, row) in enumerate(sound):
                 row["rewards"] = {name: values[i] for name, values in named.items()}
-                row["scores"] |= judge_scores(row)
+                if "judged" in row["rewards"]:
+                    row["scores"] |= judge_scores(row["answer"], row["rewards"]["judged"])
         rows += batch
     if len(failures) == len(questions):
         raise BackendError(f"all {len(questions)} questions failed, the first: {failures[0]}")
@@ -182,26 +183,22 @@ def answer_scores(answer: str | None, accepted: Sequence[str]) -> dict[str, floa
     }
 
 
-def judge_scores(row: Row) -> dict[str, float | None]:
+def judge_scores(answer: str | None, score: float | None) -> dict[str, float | None]:
     """Scores an answer by the verdict on it.
 
     Args:
-        row: with its rewards; ``judged`` among them is the verdict's score.
+        answer: what was answered, None for nothing, which is 0 without asking.
+        score: of the verdict; None where it could not be read.
 
     Returns:
         ``judge_accuracy``, in [0, 1] and None where the verdict could not be read; ``judge_readable``, 1 where it
-        could and None where there was no answer to judge, which is 0 without asking. Nothing in a run without a judge.
+        could and None where there was no answer to judge.
 
     Example:
-        >>> judge_scores({"answer": "Mira", "rewards": {"judged": None}})
+        >>> judge_scores("Mira", None)
         {'judge_accuracy': None, 'judge_readable': 0.0}
-        >>> judge_scores({"answer": "Mira", "rewards": {"f1": 1.0}})
-        {}
     """
-    if "judged" not in row["rewards"]:
-        return {}
-    score = row["rewards"]["judged"]
-    return {"judge_accuracy": score, "judge_readable": None if row["answer"] is None else float(score is not None)}
+    return {"judge_accuracy": score, "judge_readable": None if answer is None else float(score is not None)}
 
 
 def make_row(answered: Answered, scores: dict[str, float | None]) -> Row:
@@ -312,9 +309,36 @@ def confidence_intervals(before: Sequence[Row], after: Sequence[Row]) -> dict[st
     Raises:
         DataError: the two are not about the same questions.
     """
+    return {name: metrics.paired_bootstrap(old, new) for name, (old, new) in _pairs(before, after).items()}
+
+
+def answer_differences(baseline: Sequence[Row], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Compares the answers of two assemblies to the same questions; they may have nothing else in common.
+
+    Args:
+        baseline: rows of the one.
+        rows: rows of the other.
+
+    Returns:
+        For each metric of answers that both have, ``difference``, the mean of the other less that of the one over the
+        questions where both have a score, and ``ci95``, its paired bootstrap interval as [low, high].
+
+    Raises:
+        DataError: the two are not about the same questions.
+    """
+    found = {}
+    for name, (one, other) in _pairs(baseline, rows).items():
+        if name in (*ANSWER_METRICS, "judge_accuracy"):
+            difference = sum(other) / len(other) - sum(one) / len(one)
+            found[name] = {"difference": difference, "ci95": list(metrics.paired_bootstrap(one, other))}
+    return found
+
+
+def _pairs(before: Sequence[Row], after: Sequence[Row]) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    """The scores of the questions where both sides have one, by metric."""
     if [row["qid"] for row in before] != [row["qid"] for row in after]:
         raise DataError("before and after are not about the same questions: they cannot be compared")
-    found = {}
+    found: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     for name in mean_metrics(before):
         pairs = [
             (b["scores"][name], a["scores"].get(name))
@@ -323,7 +347,7 @@ def confidence_intervals(before: Sequence[Row], after: Sequence[Row]) -> dict[st
         ]
         if pairs:
             old, new = zip(*pairs, strict=True)
-            found[name] = metrics.paired_bootstrap(old, new)
+            found[name] = (old, new)
     return found
 
 

@@ -114,7 +114,7 @@ class SearchAssembly:
             A row for JSON.
         """
         trajectory = answered.trajectory
-        if trajectory is None:
+        if not isinstance(trajectory, Trajectory):
             raise ConfigError("this answer comes from another assembly: it has no hops to be scored")
         question = trajectory.question
         scores: dict[str, float | None] = {}

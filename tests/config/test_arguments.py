@@ -84,6 +84,7 @@ def test_top_k_below_one(top_k):
         (JudgeArguments, {"judge_scale": [1.0]}, r"judge_scale must be the lowest and the highest score, got \[1.0\]"),
         (JudgeArguments, {"judge_pass_mark": 6.0}, r"judge_pass_mark must lie in \[0, 1\], got 6.0"),
         (ReasonerArguments, {"reasoner_max_steps": 0}, "reasoner_max_steps must be at least 1, got 0"),
+        (ReasonerArguments, {"reasoner_baseline_top_k": 0}, "reasoner_baseline_top_k must be at least 1, got 0"),
         (ReasonerArguments, {"reasoner_baselines": ["oneshot"]}, "are one_shot and no_retrieval, got oneshot"),
     ],
 )

@@ -24,6 +24,7 @@ from rag_rl.config.arguments import (
 )
 from rag_rl.config.parts import (
     build_assembly,
+    build_baselines,
     build_corpus,
     build_encoder,
     build_judge,
@@ -32,6 +33,7 @@ from rag_rl.config.parts import (
     build_questions,
     build_reader,
     build_reader_model,
+    build_reasoning,
     build_retriever,
     build_rewards,
     build_search,
@@ -834,3 +836,63 @@ def test_step_judges_keep_to_their_own_rubric(tmp_path, monkeypatch):
     assert [judge.rubric.name for judge in judges.values()] == ["document_relevance", "reasoning_coherence"]
     assert judges["document_relevance"].rubric.pass_mark == 0.6
     assert build_step_judges(JudgeArguments(), ["document_relevance"], tmp_path) == {}
+
+
+REASONER = ReasonerArguments(
+    reasoner_max_step_tokens=16,
+    reasoner_baseline_prompt="tiny_answer",
+    reasoner_baseline_closed_prompt="tiny_closed_book",
+)
+
+
+def test_reasoning_assembly():
+    setup = build_step_setup(REASONER, TINY, DATA)
+    oracle = JudgeArguments(judge_name="oracle")
+    bare = build_reasoning(setup, REASONER, StepRewardArguments(), JudgeArguments())
+    assert (bare.setup, bare.generator, bare.answer_judge, bare.coherence_judge) == (setup, None, None, None)
+    judged = build_reasoning(setup, REASONER, StepRewardArguments(), oracle)
+    assert (judged.answer_judge.rubric, judged.coherence_judge) == ("answer_correctness", None)
+    judged = build_reasoning(setup, REASONER, StepRewardArguments(step_coherence=True), oracle)
+    assert judged.coherence_judge.rubric == "reasoning_coherence"
+    with pytest.raises(ConfigError, match="step_coherence is set, but judge_name is not"):
+        build_reasoning(setup, REASONER, StepRewardArguments(step_coherence=True), JudgeArguments())
+
+
+def test_baselines_see_as_much_as_a_chain():
+    setup = build_step_setup(REASONER, TINY, DATA)
+    judge = ScriptedJudge([])
+    model = SimpleNamespace(model_name_or_path="${tiny}/reader", model_revision=None)
+    found = build_baselines(setup, REASONER, model, answer_judge=judge)
+    assert list(found) == ["one_shot", "no_retrieval"]
+    one, none = found.values()
+    assert (one.retriever, one.top_k, one.prompt) == (setup.retriever, 3 * 4, "tiny_answer")
+    assert (none.retriever, none.prompt) == (None, "tiny_closed_book")
+    for assembly in (one, none):
+        assert (assembly.max_new_tokens, assembly.answer_marker, assembly.answer_judge) == (16, "Answer:", judge)
+        assert (assembly.generator, assembly.max_prompt_tokens) == (None, 2048 - 16)
+        assert assembly.count_tokens([[{"role": "user", "content": "Who?"}]])[0] > 1
+    fewer = dataclasses.replace(REASONER, reasoner_baseline_top_k=6, reasoner_baselines=["one_shot"])
+    (six,) = build_baselines(setup, fewer, model).values()
+    assert (six.top_k, six.answer_judge) == (6, None)
+    # A chain of one step sees nothing; a search of it is still what can be compared.
+    (three,) = build_baselines(
+        dataclasses.replace(setup, max_steps=1), dataclasses.replace(REASONER, reasoner_baselines=["one_shot"]), model
+    ).values()
+    assert three.top_k == 3
+    assert build_baselines(setup, dataclasses.replace(REASONER, reasoner_baselines=[]), model) == {}
+
+
+def test_baselines_of_another_model():
+    setup = build_step_setup(REASONER, TINY, DATA)
+    model = SimpleNamespace(model_name_or_path=str(FOLDER / "reader"), model_revision=None)
+    args = dataclasses.replace(REASONER, reasoner_baseline_model="${tiny}/reader")
+    found = build_baselines(setup, args, model)
+    assert list(found) == ["one_shot", "no_retrieval", "one_shot_other_model", "no_retrieval_other_model"]
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
+    asking = found["one_shot_other_model"].under_training(trainer, batch_size=2)
+    ((answered,),) = asking.answer([Question("q", "Where does Ulradric live?", ("x",))])
+    assert len(answered.asked.shown) == 12
+    with pytest.raises(ConfigError, match="reasoner_baseline_model 'no/such/model' cannot be loaded"):
+        build_baselines(setup, dataclasses.replace(args, reasoner_baseline_model="no/such/model"), model)
+    with pytest.raises(ConfigError, match="no_such_prompt"):
+        build_baselines(setup, dataclasses.replace(args, reasoner_baseline_prompt="no_such_prompt"), model)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rag_rl.errors import ConfigError, DataError
-from rag_rl.evaluation.assembly import Assembly
+from rag_rl.evaluation.assembly import Assembly, OtherModel
 from rag_rl.generation import ScriptedGenerator
+from rag_rl.judges import ScriptedJudge
 from rag_rl.retrieval import StaticRetriever
+from rag_rl.tiny import FOLDER
 from rag_rl.types import Generation, Passage, Question
 
 ELMTON = Passage("d1", "Elmton lies on the Mira.", title="Elmton")
@@ -218,3 +222,70 @@ def test_with_generator_shares_everything_else(prompt, retriever):
     assert second.retriever is retriever
     assert second.prepare([QUESTION]) == first.prepare([QUESTION])
     assert second.answer([QUESTION])[0][0].answer == "Mira"
+
+
+# ---- judged answers
+
+
+def test_answers_are_judged_but_those_that_need_no_judge(prompt, retriever):
+    judge = ScriptedJudge([0.25, None])
+    replies = ["Answer: the Mira", "Answer: the Orl, I think", "<think>hm", "Answer: Var"]
+    assembly = Assembly(
+        retriever=retriever, prompt=prompt, top_k=2, generator=ScriptedGenerator(replies), answer_judge=judge
+    )
+    unknown = Question("q4", OTHER.question, ())
+    answered = assembly.answer([QUESTION, OTHER, QUESTION, OTHER])
+    scores = [
+        (row["scores"]["judge_accuracy"], row["scores"]["judge_readable"])
+        for row in (assembly.row(one) for (one,) in answered)
+    ]
+    assert scores == [(1.0, 1.0), (0.0, 1.0), (0.0, None), (None, 0.0)]
+    case, _ = judge.cases
+    assert (case.question, case.answer, case.gold) == (OTHER.question, "the Orl, I think", OTHER.answers)
+    assert case.passages == (GALTON.contents, ELMTON.contents)
+    # Nothing to compare with: nobody is asked.
+    ((open_question,),) = assembly.with_generator(ScriptedGenerator(["Answer: Orl"])).answer([unknown])
+    assert open_question.verdict is None
+    assert len(judge.cases) == 2
+
+
+def test_what_failed_has_no_verdict(prompt, retriever):
+    assembly = Assembly(retriever=retriever, prompt=prompt, generator=Failing(), answer_judge=ScriptedJudge([]))
+    ((first,), (second,)) = assembly.answer([QUESTION, OTHER])
+    assert assembly.row(first)["scores"]["judge_accuracy"] == 1.0
+    scores = assembly.row(second)["scores"]
+    assert (scores["judge_accuracy"], scores["judge_readable"]) == (None, None)
+
+
+def test_samples_keep_their_verdicts(prompt, retriever):
+    generator = ScriptedGenerator(["Answer: Orl", "Answer: Mira", "Answer: Orl", "Answer: Galton"])
+    assembly = Assembly(
+        retriever=retriever,
+        prompt=prompt,
+        generator=generator,
+        answer_judge=ScriptedJudge({"Orl": 0.0, "Galton": 0.5}),
+    )
+    drawn = assembly.answer([QUESTION, OTHER], n=2, temperature=1.0)
+    assert [[one.verdict.score for one in samples] for samples in drawn] == [[0.0, 1.0], [1.0, 0.5]]
+
+
+# ---- a model that is not trained
+
+
+def test_another_model_is_loaded_where_it_is_asked(prompt, retriever):
+    assembly = Assembly(retriever=retriever, prompt=prompt, top_k=2, max_new_tokens=8)
+    other = OtherModel(assembly, str(FOLDER / "reader"))
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
+    texts = []
+    for asking in (
+        other.under_training(trainer, batch_size=2),
+        other.reloaded(Path("run"), device="cpu", batch_size=2),
+        assembly.reloaded(FOLDER / "reader", device="cpu", batch_size=2),
+    ):
+        assert asking.retriever is retriever
+        assert asking.generator.batch_size == 2
+        texts.append([one.generation.text for (one,) in asking.answer([QUESTION, OTHER])])
+    assert texts[0] == texts[1] == texts[2]
+    assert assembly.generator is None
+    with pytest.raises(DataError, match="cannot load the model"):
+        OtherModel(assembly, "no/such/model").under_training(trainer, batch_size=2)

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from rag_rl.errors import DataError
-from rag_rl.evaluation.report import change_in_words, choose_examples, pick_main_metric, write_report
+from rag_rl.evaluation.report import (
+    baseline_words,
+    change_in_words,
+    choose_examples,
+    pick_main_metric,
+    write_report,
+)
 from rag_rl.evaluation.scoring import confidence_intervals, mean_metrics
 
 NASTY = "<script>alert('x')</script> & \"quotes\" $title ${body}"
@@ -297,6 +303,97 @@ def test_a_retriever_run_is_about_ranking(tmp_path):
     assert "Right means ndcg@10 (discounted gain of the ranking, first 10) of at least 0.5." in said
 
 
+# ---- chains
+
+
+def chain(i, right, **more):
+    """A row of a reasoner."""
+    found = row(i, right)
+    found["scores"] |= {"steps": 3.0, "searches": 2.0}
+    found["steps"] = [
+        {
+            "analysis": "I need the home.",
+            "query": "Where does he live?",
+            "doc_ids": ["d1", "d2"],
+            "scores": {"mine": 0.25},
+        },
+        {"analysis": "It is not there.", "query": "Where <else>?", "doc_ids": []},
+        {"analysis": "He lives in Elmton.", "answer": found["answer"]},
+    ]
+    return {**found, **more}
+
+
+CHAINS = [chain(i, old) for i, (old, _) in enumerate(FATES)], [chain(i, new) for i, (_, new) in enumerate(FATES)]
+
+
+def test_chains_are_shown_step_by_step(tmp_path):
+    html = report(tmp_path, before_rows=CHAINS[0], after_rows=CHAINS[1], n_examples=1)
+    article = re.search(r"<article>.*?</article>", html, re.S).group()
+    assert article.count('<ol class="chain">') == 2, "before and after"
+    said = Reader(article).said
+    step = "I need the home. · mine 0.250 Query Where does he live? 2 passages found, 1 of 1 gold document among them"
+    assert said.count(step) == 2
+    assert said.count("It is not there. Query Where <else>? No documents found. He lives in Elmton. Answer") == 2
+    # Documents stand at the step that found them, and nowhere else.
+    assert said.count("Galton lies on the Orl.") == 2
+    assert "passages shown" not in said
+    assert "It lies there. Answer:" not in said, "the reply as it was is in the rows"
+
+
+def test_steps_that_could_not_be_read_and_chains_that_were_dropped(tmp_path):
+    bad = chain(0, False, answer=None, failure="HTTP <400>")
+    bad["steps"] = [*bad["steps"][:1], {"text": "Step 2: <b>hm", "problem": "no 'The problem analysis:'"}]
+    html = report(tmp_path, before_rows=[bad], after_rows=[bad])
+    said = Reader(html).said
+    assert "Not a step: no 'The problem analysis:' Step 2: <b>hm Dropped: HTTP <400>" in said
+
+
+def test_counts_are_neither_better_nor_worse(tmp_path):
+    summary = {
+        "status": "complete",
+        "before": {"em": 0.5, "steps": 2.0, "searches": 1.0, "passages": 3.0},
+        "after": {"em": 0.6, "steps": 3.0, "searches": 0.5, "passages": 3.0},
+        "ci95": {"em": [0.05, 0.15], "steps": [0.8, 1.2], "searches": [-0.7, -0.3], "passages": [0.0, 0.0]},
+    }
+    html = report(tmp_path, summary=summary).split("<h2>Training")[0]
+    rows = {r.split("<small>")[0].rsplit(">", 1)[-1]: r for r in re.findall(r"<tr.*?</tr>", html, re.S)}
+    assert "All metrics but steps, searches and passages lie between 0 and 1" in html
+    assert "steps a question" in rows["steps"]
+    assert "<td></td><td>more, 0 excluded</td>" in rows["steps"]
+    assert "<td></td><td>fewer, 0 excluded</td>" in rows["searches"]
+    assert "<td></td><td>unchanged</td>" in rows["passages"]
+    # The axis is that of the other metrics.
+    assert "+0.15</text>" in html
+    assert "better" in rows["em"]
+
+
+def test_baselines(tmp_path):
+    over = {"em": {"difference": 0.2, "ci95": [0.1, 0.3]}, "f1": {"difference": -0.01, "ci95": [-0.05, 0.03]}}
+    summary = {
+        **SUMMARY,
+        "baselines": {"one_shot": {"em": 0.45, "f1": 0.66, "format": 1.0}, "mine<1>": {"em": 0.1, "f1": 0.2}},
+        "over_baselines": {"one_shot": over, "mine<1>": {"em": {"difference": 0.55, "ci95": [0.4, 0.7]}}},
+    }
+    html = report(tmp_path, summary=summary)
+    section = re.search(r"<section><h2>Against baselines.*?</section>", html, re.S).group()
+    rows = [Reader(r).said for r in re.findall(r"<tr.*?</tr>", section, re.S)][1:]
+    assert rows == [
+        "one_shot · one search, all passages at once",
+        "em exact match 0.450 0.650 +0.200 +0.100 to +0.300 better , 0 excluded",
+        "f1 token F1 0.660 0.650 −0.010 −0.050 to +0.030 0 inside: may be chance",
+        "mine<1>",
+        "em exact match 0.100 0.650 +0.550 +0.400 to +0.700 better , 0 excluded",
+    ]
+    heads = re.findall(r"<h2>(.*?)</h2>", html)
+    assert heads.index("Against baselines") == heads.index("Before and after") + 1
+    assert "Against baselines" not in report(tmp_path)
+
+
+def test_baselines_in_words():
+    assert baseline_words("no_retrieval_other_model") == "no passages, the model alone, another model"
+    assert baseline_words("mine") == "mine"
+
+
 def test_main_metric():
     assert pick_main_metric({"before": {"f1": 1, "em": 1}, "after": {"f1": 1, "em": 1}}) == "em"
     assert pick_main_metric({"before": {"em": 1, "f1": 1}, "after": {"f1": 1}}) == "f1"
@@ -369,6 +466,8 @@ def test_no_horizontal_overflow_in_a_browser(tmp_path):
         one.update(question=f"{word}?", reply=word * 3, answer=word, answers=[word])
         one["passages"][0].update(text=word, title=word, doc_id=word)
         one["rewards"][word[:80]] = 0.5
+    for one in after[::2]:
+        one["steps"] = [{"analysis": word, "query": word, "doc_ids": ["d1"]}, {"text": word, "problem": word}]
     html = report(
         tmp_path,
         title=f"A title with {word[:90]}",

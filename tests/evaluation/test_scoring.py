@@ -11,6 +11,7 @@ from rag_rl import evaluation
 from rag_rl.errors import BackendError, DataError
 from rag_rl.evaluation.assembly import Assembly
 from rag_rl.evaluation.scoring import (
+    answer_differences,
     confidence_intervals,
     evaluate,
     mean_metrics,
@@ -271,6 +272,24 @@ def test_intervals_refuse_another_order():
     rows = rows_of([0.0, 1.0])
     with pytest.raises(DataError, match="not about the same questions"):
         confidence_intervals(rows, rows[::-1])
+
+
+def test_differences_are_about_answers_and_questions_that_both_scored():
+    def rows(em, f1, judged, **more):
+        return [
+            {"qid": f"q{i}", "scores": {"em": e, "f1": f, "judge_accuracy": j, "format": 1.0, **more}}
+            for i, (e, f, j) in enumerate(zip(em, f1, judged, strict=True))
+        ]
+
+    baseline = rows([0.0, 0.0, None, 1.0], [0.5] * 4, [None] * 4, **{"recall@5": 1.0})
+    trained = rows([1.0, 0.0, 1.0, 1.0], [0.75] * 4, [1.0] * 4, **{"recall@3": 1.0})
+    found = answer_differences(baseline, trained)
+    assert set(found) == {"em", "f1"}, "neither the form, which is another one, nor what only one side has"
+    assert found["em"]["difference"] == pytest.approx(1 / 3)
+    assert found["em"]["ci95"] == list(confidence_intervals(baseline, trained)["em"])
+    assert found["f1"] == {"difference": 0.25, "ci95": [0.25, 0.25]}
+    with pytest.raises(DataError, match="not about the same questions"):
+        answer_differences(baseline, trained[1:])
 
 
 def test_rows_survive_their_file(tmp_path, assembly):

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     ask = commands.add_parser("ask", help="answer a question with a finished run", allow_abbrev=False)
-    ask.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a finished run of a generator or a reasoner")
+    ask.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="folder of a finished run of a generator or a reasoner"
+    )
     ask.add_argument("--best_of", type=int, default=1, metavar="N", help="draw N answers and choose the best")
     ask.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
     ask.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -53,10 +53,12 @@ RUNTIME_KEYS = frozenset(
         "output_dir", "resume_from_checkpoint", "report_to", "run_name", "logging_steps", "log_completions",
         "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "local_rank", "deepspeed",
         "use_cpu", "push_to_hub", "num_completions_to_print", "report_examples", "generator_eval_batch_size",
-        "reasoner_eval_batch_size", "retriever_batch_size", "retriever_devices", "retriever_index_path", "project",
-        "trackio_space_id", "hub_model_id", "judge_base_url", "judge_api_key_env", "judge_concurrency",
-        "judge_timeout_s", "judge_max_retries", "judge_max_calls", "judge_max_usd", "judge_cache", "judge_log",
-        "judge_usd_per_million_prompt_tokens", "judge_usd_per_million_completion_tokens",
+        "reasoner_eval_batch_size", "reranker_batch_size", "retriever_reranker_batch_size", "retriever_batch_size",
+        "retriever_devices", "retriever_index_path", "project", "trackio_space_id", "hub_model_id",
+        "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s", "judge_max_retries",
+        "judge_max_calls", "judge_max_usd", "judge_cache", "judge_log",
+        "judge_usd_per_million_prompt_tokens", "judge_usd_per_million_completion_tokens", "synthesis_base_url",
+        "synthesis_api_key_env", "synthesis_concurrency", "synthesis_timeout_s", "synthesis_max_retries",
     }
 )  # fmt: skip
 # What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.
@@ -64,6 +66,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FULL_TEXTS = (
     *(f"(os error {number})" for number in _DISK_FULL), "PytorchStreamWriter failed", "inline_container.cc",
 )  # fmt: skip
+# The settings that name what training starts from; the first of them that a recipe has is the one it trains.
+_BASES = ("model_name_or_path", "reranker_model", "retriever_encoder")
 PACKAGES = ("rag-rl", "trl", "transformers", "peft", "accelerate", "torch", "sentence-transformers", "datasets")
 
 
@@ -255,7 +259,7 @@ class Run:
         )
         card = model_card(
             summary,
-            base_model=str(self.settings.get("model_name_or_path") or self.settings.get("retriever_encoder")),
+            base_model=str(next(filter(None, map(self.settings.get, _BASES)))),
             library_name="transformers" if "model_name_or_path" in self.settings else "sentence-transformers",
             recipe=self.recipe,
             config_name=self.config,

@@ -96,6 +96,12 @@ class RetrieverArguments:
     retriever_batch_size: int = field(default=32, metadata={"help": "texts a batch when encoding"})
     retriever_dtype: str | None = field(default=None, metadata={"help": "weights of the encoder, e.g. bfloat16"})
     retriever_devices: list[str] = field(default_factory=list, metadata={"help": "devices to encode on, e.g. cuda:0"})
+    retriever_reranker: str | None = field(
+        default=None,
+        metadata={"help": "cross-encoder that orders what was found: Hub id, or a run folder of train_reranker"},
+    )
+    retriever_candidates: int = field(default=20, metadata={"help": "passages that the reranker orders"})
+    retriever_reranker_batch_size: int = field(default=64, metadata={"help": "pairs a batch of the reranker"})
     retriever_shuffled: bool = field(
         default=False, metadata={"help": "control experiment: return other passages than those that were found"}
     )
@@ -103,6 +109,11 @@ class RetrieverArguments:
     def __post_init__(self) -> None:
         if self.retriever_top_k < 1:
             raise ConfigError(f"retriever_top_k must be at least 1, got {self.retriever_top_k}")
+        if self.retriever_reranker and self.retriever_candidates < self.retriever_top_k:
+            raise ConfigError(
+                f"retriever_candidates must be at least retriever_top_k ({self.retriever_top_k}), got "
+                f"{self.retriever_candidates}"
+            )
 
 
 @dataclass

@@ -306,10 +306,21 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
             retriever = import_attribute(name)(args, data)
         case name:
             raise ConfigError(f"retriever_name must be dense, none or package.module:attribute, got {name!r}")
+    if args.retriever_reranker:
+        from rag_rl.config.rerankers import build_reranked
+
+        retriever = build_reranked(
+            retriever,
+            args.retriever_reranker,
+            candidates=args.retriever_candidates,
+            batch_size=args.retriever_reranker_batch_size,
+        )
     if not args.retriever_shuffled:
         return cast("Retriever", retriever)
     if not hasattr(retriever, "search_hits"):
-        raise ConfigError(f"retriever_shuffled needs the dense retriever, not {args.retriever_name!r}")
+        raise ConfigError(
+            f"retriever_shuffled needs the dense retriever without a reranker, not {type(retriever).__name__}"
+        )
     return ShuffledRetriever(retriever, seed=seed)
 
 
@@ -414,6 +425,8 @@ def build_search(
 
     if retriever.retriever_name != "dense" or retriever.retriever_shuffled:
         raise ConfigError("training a retriever needs retriever_name dense, not shuffled")
+    if retriever.retriever_reranker:
+        raise ConfigError("a retriever is trained without a reranker: leave retriever_reranker out")
     reward: Callable[[Any], float | None]
     match reader.reader_reward:
         case "f1":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rag_rl.evaluation.curves import draw_curves
     from rag_rl.evaluation.reasoning import ReasoningAssembly
     from rag_rl.evaluation.report import write_report
+    from rag_rl.evaluation.reranking import RerankingAssembly
     from rag_rl.evaluation.sampling import pass_at_k, sample_statistics
     from rag_rl.evaluation.scoring import (
         Evaluation,
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "Evaluation": "scoring",
     "OtherModel": "assembly",
     "ReasoningAssembly": "reasoning",
+    "RerankingAssembly": "reranking",
     "SearchAssembly": "search",
     "agreement_section": "agreement",
     "agreement_with_em": "agreement",
@@ -65,6 +67,7 @@ __all__ = [
     "Evaluation",
     "OtherModel",
     "ReasoningAssembly",
+    "RerankingAssembly",
     "SearchAssembly",
     "agreement_section",
     "agreement_with_em",

@@ -10,16 +10,17 @@ taken over.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.metrics import exact_match
 from rag_rl.reasoning.multihop import (
     ExcludingPolicy,
     Failure,
@@ -30,15 +31,16 @@ from rag_rl.reasoning.multihop import (
     Trajectory,
 )
 from rag_rl.reasoning.step_environment import StepEnvironment, StepTrajectory, StepWriter, decide_by, read_record
-from rag_rl.reasoning.step_judging import judge_answers
+from rag_rl.reasoning.step_judging import judge_answers, run_judging
 from rag_rl.reasoning.steps import ANALYSIS_LABEL, ANSWER_LABEL, QUERY_LABEL
 from rag_rl.reasoning.trajectories import append_trajectories, read_trajectories
 from rag_rl.types import Generator, Judge, Question, Retriever
 
 logger = logging.getLogger(__name__)
 
-Wording: TypeAlias = Callable[[Question, int], tuple[str, str]]
-"""What is said about a hop, from 0: a sentence that states its fact, and one that says that it is needed."""
+Wording: TypeAlias = Callable[[Question, int], tuple[str, str] | None]
+"""What is said about a hop, from 0: a sentence that states its fact, and one that says that it is needed. None for a
+question that it has no words for."""
 
 _REFERENCE = re.compile(r"#(\d+)")
 _SENTENCE = re.compile(r"[^.!?]*[.!?]?")
@@ -56,14 +58,21 @@ class OracleTeacher:
     """Writes right chains from the decomposition that comes with a question: no model, and never a wrong step.
 
     ``question.meta["decomposition"]`` holds for each hop ``question`` (``#1`` stands for what the first hop told),
-    ``answer`` and ``gold_doc_id``; a question over one hop needs none. A hop is known as soon as its document has been
-    shown, whichever query found it. As long as it has not, the hop's query is asked again, and finds other documents,
-    since those already shown are not found again.
+    ``answer`` and ``gold_doc_id``; or, as in 2WikiMultihopQA, ``subject``, ``relation`` and ``object``, with as many
+    gold documents in the same order. A question over one hop needs none. A hop is known as soon as its document has
+    been shown, whichever query found it. As long as it has not, the hop's query is asked again, and finds other
+    documents, since those already shown are not found again. Where the last hop's answer is not the question's (a
+    comparison), the last step restates all facts and gives the question's.
 
     Args:
-        wording: of analyses; by default what the document says about the fact, and the hop's question. On the tiny
-            world it should be the words that its language model knows.
+        wording: of analyses; by default, and where it has no words, what the document says about the fact, and the
+            hop's question. On the tiny world it should be the words that its language model knows.
+
+    Attributes:
+        repeats: it always writes the same, so that a second attempt at a question is none.
     """
+
+    repeats = True
 
     def __init__(self, wording: Wording | None = None) -> None:
         self.wording = wording
@@ -96,7 +105,8 @@ class OracleTeacher:
         if bad:
             raise DataError(
                 f"{len(bad)} of {len(trajectories)} questions have no decomposition with question, answer and "
-                f"gold_doc_id in each hop, first {bad[0]!r}: leave them out, or take a language model as teacher"
+                f"gold_doc_id in each hop, or with subject, relation and object for each gold document, first "
+                f"{bad[0]!r}: leave them out, or take a language model as teacher"
             )
         return [decide_by(t, read_record(len(t.hops) + 1, self._step(t))) for t in trajectories]
 
@@ -133,7 +143,10 @@ class OracleTeacher:
         before = _known(hops, trajectory, len(trajectory.hops) - 1)
         said = [self._words(trajectory, hop)[0] for hop in range(before, known)]
         if known == len(hops):
-            action = f"{ANSWER_LABEL} {hops[-1]['answer']}"
+            told, accepted = hops[-1]["answer"], trajectory.question.answers
+            if accepted and exact_match(told, accepted) == 0.0:
+                told, said = accepted[0], [self._words(trajectory, hop)[0] for hop in range(known)]
+            action = f"{ANSWER_LABEL} {told}"
             said = said or [self._words(trajectory, known - 1)[0]]
         else:
             action = f"{QUERY_LABEL} {_asked(hops, known)}"
@@ -141,8 +154,9 @@ class OracleTeacher:
         return f"Step {len(trajectory.hops) + 1}:\n{ANALYSIS_LABEL} {' '.join(said)}\n{action}"
 
     def _words(self, trajectory: Trajectory, hop: int) -> tuple[str, str]:
-        if self.wording is not None:
-            return self.wording(trajectory.question, hop)
+        words = self.wording(trajectory.question, hop) if self.wording is not None else None
+        if words is not None:
+            return words
         hops = _hops(trajectory.question)
         asked, answer = _asked(hops, hop), hops[hop]["answer"]
         shown = [hit.passage for done in trajectory.hops for hit in done.hits]
@@ -247,6 +261,7 @@ def collect_trajectories(
     judge: Judge | None = None,
     pass_mark: float = 0.5,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> Collected:
     """Lets a teacher play questions until a chain is right, and writes all chains to a file.
 
@@ -259,11 +274,12 @@ def collect_trajectories(
         retriever: finds documents; or a policy with an ``exclude``.
         path: JSONL file of trajectories.
         top_k: documents a search; those already shown do not count.
-        attempts: most attempts a question, >= 1.
+        attempts: most attempts a question, >= 1; a teacher that ``repeats`` itself has one.
         max_steps: most steps of a chain, >= 1.
         judge: of answers that match no accepted answer exactly; None: they are wrong.
         pass_mark: score from which on an answer is right.
         batch_size: questions that are played at a time, >= 1.
+        progress: whether a bar shows how many questions are done.
 
     Returns:
         Counts over these questions.
@@ -281,27 +297,26 @@ def collect_trajectories(
             f"{len(unanswerable)} of {len(questions)} questions have no answers, first {unanswerable[0]!r}: without "
             f"them no chain can be verified; leave these questions out"
         )
+    if getattr(teacher, "repeats", False):
+        attempts = 1
     done = _done(questions, path)
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        for attempt in range(1, attempts + 1):
-            pending = [q for q in batch if not done[q.qid].solved and attempt not in done[q.qid].attempts]
-            if not pending:
-                continue
-            environment = StepEnvironment(teacher.writer(attempt), retriever, top_k=top_k, max_steps=max_steps)
-            played = environment.rollout(pending)
-            if judge is not None:
-                _in_a_loop_of_its_own(judge, played, pass_mark)
-            kept = [trajectory for trajectory in played if trajectory.state is not None]
-            for trajectory in kept:
-                trajectory.attempt = attempt
-                done[trajectory.question.qid].add(trajectory)
-            append_trajectories(path, kept)
-        solved = sum(done[question.qid].solved for question in questions)
-        logger.info("%d of %d questions played, %d solved", start + len(batch), len(questions), solved)
-    progress = [done[qid] for qid in dict.fromkeys(question.qid for question in questions)]
+    with tqdm(total=len(questions), desc="chains", unit=" questions", disable=not progress) as bar:
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            for attempt in range(1, attempts + 1):
+                pending = [q for q in batch if not done[q.qid].solved and attempt not in done[q.qid].attempts]
+                if not pending:
+                    continue
+                environment = StepEnvironment(teacher.writer(attempt), retriever, top_k=top_k, max_steps=max_steps)
+                kept = _judged(environment.rollout(pending), judge, pass_mark)
+                for trajectory in kept:
+                    trajectory.attempt = attempt
+                    done[trajectory.question.qid].add(trajectory)
+                append_trajectories(path, kept)
+            bar.set_postfix(solved=sum(one.solved for one in done.values()), refresh=False)
+            bar.update(len(batch))
     found = Collected()
-    for one in progress:
+    for one in done.values():
         tried = set(range(1, attempts + 1)) <= one.attempts
         found.solved += one.solved
         found.given_up += not one.solved and tried
@@ -323,6 +338,13 @@ class _Progress:
         self.attempts.add(trajectory.attempt or self.chains)
 
 
+def _judged(played: Sequence[StepTrajectory], judge: Judge | None, pass_mark: float) -> list[StepTrajectory]:
+    unread = 0 if judge is None else run_judging(judge_answers(played, judge, pass_mark=pass_mark))
+    if unread:
+        logger.warning("%d of %d answers could not be judged; their chains are left out", unread, len(played))
+    return [trajectory for trajectory in played if trajectory.state is not None]
+
+
 def _done(questions: Sequence[Question], path: str | Path) -> dict[str, _Progress]:
     done = {question.qid: _Progress(question.question) for question in questions}
     for trajectory in read_trajectories(path, cut_end=True):
@@ -338,17 +360,10 @@ def _done(questions: Sequence[Question], path: str | Path) -> dict[str, _Progres
     return done
 
 
-def _in_a_loop_of_its_own(judge: Judge, played: Sequence[StepTrajectory], pass_mark: float) -> None:
-    # In a thread: the caller may itself run in an event loop (a notebook), where asyncio.run is refused.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        unread = thread.submit(asyncio.run, judge_answers(played, judge, pass_mark=pass_mark)).result()
-    if unread:
-        logger.warning("%d of %d answers could not be judged; their chains are left out", unread, len(played))
-
-
 def _hops(question: Question) -> Sequence[Mapping[str, str]]:
     """The hops of a question, each with question, answer and gold_doc_id; nothing where they are not all known."""
-    steps = question.meta.get("decomposition")
+    steps = question.meta.get("decomposition", question.meta.get("evidences"))
+    steps = _from_triples(steps, question.gold_doc_ids) or steps
     if steps is None and len(question.gold_doc_ids) == 1 and question.answers:
         answer, gold = question.answers[0], question.gold_doc_ids[0]
         steps = [{"question": question.question, "answer": answer, "gold_doc_id": gold}]
@@ -358,6 +373,24 @@ def _hops(question: Question) -> Sequence[Mapping[str, str]]:
         for step in steps
     )
     return steps if sound and steps else ()
+
+
+def _from_triples(triples: Any, gold: Sequence[str]) -> list[dict[str, str]]:
+    """Hops of evidence triples, one a gold document; of several objects of a subject the first one stands."""
+    if not isinstance(triples, (list, tuple)):
+        return []
+    found: dict[tuple[str, str], str] = {}
+    for triple in triples:
+        parts = [triple.get(n) for n in ("subject", "relation", "object")] if isinstance(triple, Mapping) else triple
+        if not (isinstance(parts, (list, tuple)) and len(parts) == 3 and all(isinstance(part, str) for part in parts)):
+            return []
+        found.setdefault((parts[0], parts[1]), parts[2])
+    if len(found) != len(gold):
+        return []
+    return [
+        {"question": f"What is the {relation} of {subject}?", "answer": told, "gold_doc_id": doc_id}
+        for ((subject, relation), told), doc_id in zip(found.items(), gold, strict=True)
+    ]
 
 
 def _known(hops: Sequence[Mapping[str, str]], trajectory: Trajectory, searches: int) -> int:

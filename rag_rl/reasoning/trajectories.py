@@ -217,7 +217,7 @@ def sft_examples(
 
     Returns:
         ``prompt`` and ``completion`` of each valid step, in the form of TRL: chat turns, or two texts that follow on
-        each other.
+        each other; and ``left_out``, how many documents the prompt had no room for.
 
     Raises:
         DataError: a question alone does not fit into a prompt.
@@ -226,7 +226,7 @@ def sft_examples(
     steps = [(t, record, record.step) for t in chosen for record in t.steps if record.step is not None]
     made = (prompts or StepPrompts()).make([t.before(record.number).chain for t, record, _ in steps])
     return [
-        {"prompt": one.prompt, "completion": _reply(render_step(step), one.prompt)}
+        {"prompt": one.prompt, "completion": _reply(render_step(step), one.prompt), "left_out": one.left_out}
         for one, (_, _, step) in zip(made, steps, strict=True)
     ]
 

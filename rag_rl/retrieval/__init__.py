@@ -10,6 +10,7 @@ from rag_rl.retrieval.cached import CachedRetriever
 from rag_rl.retrieval.dense import DenseRetriever, open_index
 from rag_rl.retrieval.encoder import Encoder, SentenceEncoder
 from rag_rl.retrieval.history import HistoryEncoder
+from rag_rl.retrieval.reranked import PairScorer, RerankedRetriever
 from rag_rl.retrieval.static import ShuffledRetriever, StaticRetriever
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "DenseRetriever",
     "Encoder",
     "HistoryEncoder",
+    "PairScorer",
+    "RerankedRetriever",
     "SentenceEncoder",
     "ShuffledRetriever",
     "StaticRetriever",

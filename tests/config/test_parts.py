@@ -273,8 +273,22 @@ def test_own_retriever(tmp_path, monkeypatch):
     own = RetrieverArguments(retriever_name="own:make", retriever_top_k=1)
     found = build_retriever(own, DataArguments(data_corpus="mine"))
     assert found.search(["x"], top_k=1)[0][0].passage.doc_id == "mine"
-    with pytest.raises(ConfigError, match="retriever_shuffled needs the dense retriever, not 'own:make'"):
+    with pytest.raises(ConfigError, match="retriever_shuffled needs the dense retriever without"):
         build_retriever(dataclasses.replace(own, retriever_shuffled=True), DataArguments())
+
+
+def test_reranked_retriever(retriever):
+    """Any cross-encoder goes; an untrained one orders the candidates, whatever it makes of them."""
+    args = dataclasses.replace(TINY, retriever_reranker="${tiny}/encoder", retriever_candidates=5)
+    question = "Where does Ulradric live?"
+    (found,) = build_retriever(args, DATA).search([question], top_k=3)
+    (candidates,) = retriever.search([question], top_k=5)
+    assert [hit.rank for hit in found] == [1, 2, 3]
+    assert {hit.passage.doc_id for hit in found} < {hit.passage.doc_id for hit in candidates}
+    with pytest.raises(ConfigError, match=r"retriever_candidates must be at least retriever_top_k \(3\), got 2"):
+        dataclasses.replace(args, retriever_candidates=2)
+    with pytest.raises(ConfigError, match="retriever_shuffled needs the dense retriever without a reranker"):
+        build_retriever(dataclasses.replace(args, retriever_shuffled=True), DATA)
 
 
 def test_unknown_retriever():

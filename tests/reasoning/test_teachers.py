@@ -109,11 +109,51 @@ def test_a_question_over_one_hop_needs_no_decomposition():
         replace(RIVER, qid="bare", meta={"decomposition": [{"question": "Who?", "answer": "Mira"}]}),
         replace(RIVER, qid="bare", meta={"decomposition": "Who?"}),
         replace(RIVER, qid="bare", meta={"decomposition": []}),
+        replace(RIVER, qid="bare", meta={"evidences": [["Falbert", "home", "Elmton"]]}),
+        replace(RIVER, qid="bare", meta={"evidences": [["Falbert", "home"], ["Elmton", "river"]]}),
     ],
 )
 def test_questions_without_a_decomposition_are_named(question):
     with pytest.raises(DataError, match=r"1 of 2 questions have no decomposition .* first 'bare'"):
         StepEnvironment(OracleTeacher().writer(1), StaticRetriever({}, default=[])).rollout([RIVER, question])
+
+
+TRIPLES = [["Falbert", "home", "Elmton"], ["Elmton", "river", "Mirbrook"], ["Elmton", "river", "Mir"]]
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"evidences": TRIPLES},
+        {"decomposition": [dict(zip(("subject", "relation", "object"), t, strict=True)) for t in TRIPLES]},
+    ],
+)
+def test_evidence_triples_are_a_decomposition(meta):
+    queries = {"What is the home of Falbert?": [FALBERT], "What is the river of Elmton?": [ELMTON]}
+    found = played(replace(RIVER, meta=meta), StaticRetriever(queries))
+    assert [record.step.query for record in found.searches] == list(queries)
+    assert (found.state, found.answer) == ("correct", "Mirbrook")
+
+
+def test_a_comparison_restates_the_facts_and_gives_the_answer_of_the_question():
+    meta = {"evidences": [["Falbert", "craft", "miller"], ["Elmton", "mayor", "Mira"]]}
+    question = Question("q", "Is the mayor of Elmton a miller?", ("no",), ("d1", "d2"), meta=meta)
+    queries = {"What is the craft of Falbert?": [FALBERT], "What is the mayor of Elmton?": [ELMTON]}
+    found = played(question, StaticRetriever(queries))
+    assert found.steps[-1].text == (
+        "Step 3:\nThe problem analysis: Falbert works as a miller. The mayor of Elmton is Mira.\nThe final answer: no"
+    )
+    assert found.state == "correct"
+
+
+def test_where_a_wording_has_no_words_the_document_has():
+    retriever = StaticRetriever({HOME_QUERY: [FALBERT], RIVER_QUERY: [ELMTON]})
+    found = played(RIVER, retriever, wording=lambda question, hop: ("Told.", "Wanted.") if hop else None)
+    assert [record.step.analysis for record in found.steps] == [
+        "I need to know: Where does Falbert live?",
+        "Falbert lives in Elmton. Wanted.",
+        "Told.",
+    ]
 
 
 def test_on_the_tiny_world_the_oracle_is_right_in_its_words(tiny):
@@ -295,6 +335,14 @@ def test_an_oracle_can_be_collected_from(path):
     found = collect_trajectories([RIVER], teacher=OracleTeacher(), retriever=retriever, path=path)
     assert found == Collected(solved=1, chains=1)
     assert len(sft_examples(read_trajectories(path))) == 3
+
+
+def test_who_always_writes_the_same_has_one_attempt(path, capsys):
+    retriever = StaticRetriever({}, default=[])
+    found = collect_trajectories([RIVER], teacher=OracleTeacher(), retriever=retriever, path=path, progress=True)
+    assert found == Collected(given_up=1, chains=1)
+    assert read_trajectories(path)[0].state == "fail"
+    assert "chains: 100%" in capsys.readouterr().err
 
 
 def test_bad_input(path):

@@ -242,6 +242,7 @@ def test_one_example_a_step():
         "completion": [
             {"role": "assistant", "content": "Step 2:\nThe problem analysis: analysis 2\nThe retrieval query: two?"}
         ],
+        "left_out": 0,
     }
     assert [parse_step(e["completion"][0]["content"]).step for e in examples] == [r.step for r in good.steps]
     assert len(sft_examples(CHAINS, states=("correct", "invalid"))) == 4, "an invalid step is nothing to learn"
@@ -258,6 +259,18 @@ def test_examples_for_a_base_model_within_a_budget():
         "The retrieval documents: (none)\n"
     )
     assert last["completion"] == "Step 3:\nThe problem analysis: analysis 3\nThe final answer: Mirbrook"
+    assert last["left_out"] == 2
+
+
+def test_examples_as_a_conversation():
+    first, second, third = sft_examples(CHAINS, prompts=StepPrompts(layout="chat"))
+    for before, after in ((first, second), (second, third)):
+        # Each prompt begins with the one before it and what was answered to that.
+        told = [*before["prompt"], *before["completion"]]
+        assert after["prompt"][:-1] == told
+        assert after["prompt"][-1]["role"] == "user"
+    assert [turn["role"] for turn in third["prompt"]] == ["user", "assistant", "user", "assistant", "user"]
+    assert third["prompt"][-1]["content"] == "The retrieval documents: (none)"
 
 
 def test_pairs_are_taken_where_chains_part():

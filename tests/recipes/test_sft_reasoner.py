@@ -1,0 +1,371 @@
+"""recipes/sft_reasoner.py, through its real command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rag_rl.reasoning import parse_step, read_trajectories
+from rag_rl.tiny import FOLDER
+
+RECIPE = "sft_reasoner"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
+# DESIGN section 4.
+KEYS = {
+    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
+    "eval_seconds", "peak_memory_bytes",
+}  # fmt: skip
+METRICS = {"em", "f1", "contains_em", "format", "steps", "searches", "passages", "recall@3", "all_gold@3"}
+
+
+@pytest.fixture(scope="module")
+def brief(short) -> Callable[..., list[str]]:
+    """Flags of a short run; ``brief(reasoner_layout="chat")`` changes some."""
+    fixed = {"headroom_samples": None, "per_device_train_batch_size": 4, "data_train_size": 12, "data_eval_size": 12}
+    return lambda **changes: short(**{**fixed, "reasoner_baselines": "[]", **changes})
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory) -> Path:
+    """Chains of the oracle about three questions."""
+    from rag_rl.config.arguments import DataArguments, JudgeArguments, RetrieverArguments
+    from rag_rl.config.parts import build_questions, build_retriever
+    from rag_rl.config.teacher_arguments import TeacherArguments
+    from rag_rl.config.teachers import collect_chains
+
+    data = DataArguments(
+        data_corpus="${tiny}/data/corpus.jsonl", data_train="${tiny}/data/demo_2hop.jsonl", data_train_size=6
+    )
+    search = RetrieverArguments(retriever_encoder="${tiny}/encoder", retriever_top_k=3, retriever_batch_size=256)
+    questions, _ = build_questions(data, seed=1)
+    folder = tmp_path_factory.mktemp("chains")
+    parts = {"teacher": TeacherArguments(teacher_max_steps=5), "judge": JudgeArguments()}
+    collect_chains(questions, folder, build_retriever(search, data), search=search, data=data, **parts)
+    return folder / "trajectories.jsonl"
+
+
+@pytest.fixture(scope="module")
+def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
+    """The folder of a short, finished run that made its own chains."""
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def history_of(folder: Path) -> list[dict]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- a run and what it leaves
+
+
+@pytest.mark.smoke
+def test_metrics(trained_run):
+    found = metrics_of(trained_run)
+    assert set(found) == KEYS
+    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
+    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 12, 1)
+    assert set(found["before"]) == set(found["after"]) == METRICS
+    for when in ("before", "after"):
+        assert all(0.0 <= found[when][name] <= 1.0 for name in ("em", "f1", "format", "recall@3"))
+        assert found[when]["em"] <= found[when]["f1"]
+        assert 1.0 <= found[when]["steps"] <= 5.0
+
+
+@pytest.mark.smoke
+def test_run_folder(trained_run):
+    names = {path.name for path in trained_run.iterdir()}
+    assert names >= {
+        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
+        "before.jsonl", "after.jsonl", "trajectories.jsonl", "trajectories_config.yaml", "model.safetensors",
+        "config.json", "tokenizer.json",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+    chains = read_trajectories(trained_run / "trajectories.jsonl")
+    assert len(chains) == 12
+    history = history_of(trained_run)
+    assert [entry["step"] for entry in history] == [1, 2, 3]
+    # ppo_reasoner looks here for how long its start was taught: 3 steps of 4 examples, one example a step of a chain.
+    examples = sum(len(chain.steps) for chain in chains if chain.state == "correct")
+    state = json.loads((trained_run / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(12 / examples, abs=0.02)
+    for name in ("README.md", "resolved_config.yaml", "config.json", "trajectories_config.yaml"):
+        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
+
+
+@pytest.mark.smoke
+def test_the_trained_model_loads_by_itself(trained_run):
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(trained_run)
+    start = dict(AutoModelForCausalLM.from_pretrained(FOLDER / "reader").named_parameters())
+    weights = dict(plain.named_parameters())
+    assert weights.keys() == start.keys()
+    assert any(not weights[name].equal(start[name]) for name in weights), "training must have changed something"
+
+
+@pytest.mark.smoke
+def test_started_again_it_says_so_and_does_nothing(trained_run, run_recipe, brief):
+    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
+    done = run_recipe(RECIPE, *brief(), "--output_dir", trained_run)
+    assert done.returncode == 0, done.stderr
+    assert f"{trained_run} is already finished" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+
+
+# ---- what is learnt, and by which weights
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list[dict]:
+    """What each training step saw: its labels and, after the step, the gradients of the weights that are trained."""
+    from trl import SFTTrainer
+
+    seen: list[dict] = []
+    step = SFTTrainer.training_step
+
+    def training_step(self, model, inputs, *more, **named):
+        labels = inputs["labels"]
+        told = self.processing_class.batch_decode([row[row != -100] for row in labels])
+        loss = step(self, model, inputs, *more, **named)
+        grads = {name: w.grad.abs().max().item() for name, w in model.named_parameters() if w.grad is not None}
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        seen.append({"told": told, "grads": grads, "trained": trained})
+        return loss
+
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+    return seen
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+def test_every_adapter_learns_the_steps_and_nothing_else(run_here, brief, tmp_path, chains, watched, layout):
+    """Over a frozen base with gradient checkpointing: without gradients of the inputs nothing would reach LoRA."""
+    flags = brief(reasoner_layout=layout, gradient_checkpointing="true", warmup_steps=0, save_merged="false")
+    assert run_here(RECIPE, *flags, "--coldstart_path", chains, "--output_dir", tmp_path / "run") == 0
+    assert len(watched) == 3
+    told = [text.removesuffix("\n").removesuffix("<|im_end|>") for seen in watched for text in seen["told"]]
+    right = [chain for chain in read_trajectories(chains) if chain.state == "correct"]
+    steps = {record.step for chain in right for record in chain.steps}
+    assert len(told) == 12
+    for text in told:
+        number = int(text.split(":")[0].removeprefix("Step "))
+        assert parse_step(text, number).step in steps, "the loss is on one whole step: no question, no documents"
+    # B begins at zero and lets nothing through to A: from the second step on both move.
+    last = watched[-1]
+    assert last["trained"] == [name for name in last["trained"] if "lora_" in name]
+    assert len(last["trained"]) >= 2 * 4 * 4, "A and B of every linear layer of four blocks"
+    assert [name for name in last["trained"] if not last["grads"].get(name)] == []
+    assert sorted(p.name for p in (tmp_path / "run").glob("adapter_*")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert not (tmp_path / "run" / "trajectories.jsonl").exists(), "chains were given"
+
+
+@pytest.mark.smoke
+def test_a_base_model_in_full_with_validation(run_here, brief, tmp_path, chains, watched):
+    flags = brief(reasoner_type="base", use_peft="false", max_steps=2, save_steps=2, coldstart_validation=0.4)
+    flags += ["--eval_strategy", "steps", "--eval_steps", "2", "--coldstart_path", str(chains)]
+    assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "run") == 0
+    assert watched[0]["told"][0].startswith("Step ")
+    assert len(watched[0]["trained"]) == len(watched[0]["grads"]) > 30
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2]
+
+
+def test_half_precision_is_loaded_as_asked(run_here, brief, tmp_path, chains, monkeypatch):
+    from trl import SFTTrainer
+
+    types = []
+    train = SFTTrainer.train
+    monkeypatch.setattr(
+        SFTTrainer,
+        "train",
+        lambda self, *a, **k: (
+            types.append({str(w.dtype) for n, w in self.model.named_parameters() if "lora_" not in n})
+            or train(self, *a, **k)
+        ),
+    )
+    flags = brief(max_steps=1, dtype="bfloat16", bf16="true")
+    assert run_here(RECIPE, *flags, "--coldstart_path", chains, "--output_dir", tmp_path / "run") == 0
+    assert types == [{"torch.bfloat16"}]
+
+
+def test_what_does_not_fit_is_told(run_here, brief, tmp_path, chains, caplog):
+    flags = brief(max_steps=1, max_length=160, reasoner_max_step_tokens=48)
+    with caplog.at_level(logging.WARNING):
+        assert run_here(RECIPE, *flags, "--coldstart_path", chains, "--output_dir", tmp_path / "run") == 0
+    assert [m for m in caplog.messages if "prompts have no room for all documents: the oldest go" in m]
+
+
+# ---- slow: launchers, interruptions, other folders
+
+
+@pytest.mark.slow
+def test_accelerate_launch_without_arguments(brief, tmp_path):
+    done = subprocess.run([ACCELERATE, "launch", SCRIPT, *brief()], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs" / f"{RECIPE}-tiny-seed42"
+    assert metrics_of(folder)["status"] == "complete"
+    assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+
+
+@pytest.mark.slow
+def test_copy_of_the_recipe_runs_elsewhere(run_recipe, brief, chains, tmp_path):
+    mine = tmp_path / "project" / "mine.py"
+    mine.parent.mkdir()
+    shutil.copy(SCRIPT, mine)
+    shutil.copy(ROOT / "recipes" / "configs" / RECIPE / "tiny.yaml", tmp_path / "project" / "my.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    flags = [*brief(max_steps=1), "--coldstart_path", chains]
+    done = run_recipe(mine, "--config", "../project/my.yaml", *flags, cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = metrics_of(tmp_path / "elsewhere" / "runs" / "mine-my-seed42")
+    assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(run_recipe, brief, tmp_path):
+    from rag_rl.run import last_checkpoint
+
+    folder = tmp_path / "run"
+    flags = [*brief(max_steps=30, save_steps=3), "--output_dir", str(folder)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=log, stderr=log, cwd=tmp_path)
+        deadline = time.monotonic() + 240
+        while last_checkpoint(folder) is None:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
+    assert checkpoint < 30, "killed in the middle"
+    first, written = (folder / "before.json").read_bytes(), (folder / "trajectories.jsonl").read_bytes()
+
+    refused = run_recipe(RECIPE, *flags, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
+
+    done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
+    assert [entry["step"] for entry in history_of(folder)] == list(range(1, 31))
+    assert (folder / "before.json").read_bytes() == first, "before is measured once"
+    assert (folder / "trajectories.jsonl").read_bytes() == written, "chains are written once"
+    assert metrics_of(folder)["status"] == "complete"
+
+
+@pytest.mark.slow
+def test_two_processes(brief, tmp_path):
+    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
+    flags = [*brief(per_device_train_batch_size=2, data_eval_size=11), "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = metrics_of(tmp_path / "run")
+    assert (found["num_processes"], found["n_eval"]) == (2, 11)
+    qids = [chain.question.qid for chain in read_trajectories(tmp_path / "run" / "trajectories.jsonl")]
+    assert len(qids) == len(set(qids)) == 12, "one process wrote the chains"
+    assert done.stdout.count("held-out questions; trained") == 1
+
+
+# ---- bad input: one line, exit code 2
+
+
+@pytest.fixture
+def bad(refused, brief, tmp_path):
+    """Runs the recipe on bad input; the output folder must hold no run afterwards that could be taken for one."""
+
+    def run(*flags: object, code: int = 2, **changes: object) -> str:
+        output = tmp_path / "run"
+        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
+        assert not (output / "metrics.json").exists()
+        assert not (output / "before.json").exists()
+        return line
+
+    return run
+
+
+def test_a_file_with_broken_steps(bad, chains, tmp_path):
+    rows = [json.loads(line) for line in chains.read_text().splitlines()[:3]]
+    del rows[1]["steps"][1]["analysis"]
+    rows[2]["steps"][0]["query"] = "One? Two?"
+    line = bad("--coldstart_path", write_lines(tmp_path / "broken.jsonl", rows))
+    assert "broken.jsonl: 2 bad rows: line 2: step 2: field 'analysis' is missing; line 3: step 1: the query" in line
+
+
+def test_a_file_that_is_not_there(bad, tmp_path):
+    line = bad("--coldstart_path", tmp_path / "nowhere.jsonl")
+    assert "nowhere.jsonl: no such file; recipes/build_trajectories.py makes one" in line
+
+
+def test_chains_about_held_out_questions(bad, chains, tmp_path):
+    rows = [json.loads(line) for line in (FOLDER / "data" / "demo_2hop.jsonl").read_text().splitlines()]
+    first = json.loads(chains.read_text().splitlines()[0])["qid"]
+    held_out = write_lines(tmp_path / "eval.jsonl", [row for row in rows if row["qid"] == first])
+    train = write_lines(tmp_path / "train.jsonl", [row for row in rows if row["qid"] != first])
+    line = bad("--coldstart_path", chains, "--data_eval", held_out, "--data_train", train)
+    assert f"1 held-out questions have chains to learn from: {first}" in line
+
+
+def test_a_question_without_answers(bad, tmp_path):
+    rows = [json.loads(line) for line in (FOLDER / "data" / "demo_2hop.jsonl").read_text().splitlines()[:4]]
+    rows[2]["answers"] = []
+    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", rows))
+    assert "train.jsonl: 1 bad row: line 3: " in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"coldstart_states": "incorrect"}, "chains ended in incorrect"),
+        ({"coldstart_states": "right"}, "--coldstart_states: expected a list of one of correct"),
+        ({"coldstart_validation": 1}, "coldstart_validation must lie in [0, 1), got 1"),
+        ({"max_length": 64}, "reasoner_max_step_tokens 64 leaves no room for a prompt: max_length is 64"),
+        ({"retriever_name": "none"}, "retriever_name must not be none"),
+        ({"reasoner_type": "base", "reasoner_layout": "chat"}, "layout chat is a conversation"),
+        ({"model_name_or_path": "${tiny}/nowhere"}, "cannot be loaded"),
+        ({"teacher_name": "oracel"}, "teacher_name must be oracle, local, openai"),
+    ],
+)
+def test_settings_that_mean_nothing(bad, changes, expected):
+    assert expected in bad(**changes)
+
+
+def test_a_run_that_was_stopped_while_its_teacher_wrote(run_here, bad, brief, tmp_path):
+    """Its chains stay; with another teacher they are not mixed."""
+    line = bad("--coldstart_states", "incorrect", data_train_size=4)
+    assert "chains ended in incorrect" in line
+    left = (tmp_path / "run" / "trajectories.jsonl").read_bytes()
+    assert len(left.splitlines()) == 4
+    line = bad("--teacher_max_steps", 2, data_train_size=4)
+    assert "holds chains that came about otherwise (teacher_max_steps: 5 -> 2): give another --output_dir" in line
+    assert run_here(RECIPE, *brief(max_steps=1), "--output_dir", tmp_path / "run") == 0
+    assert os.path.getsize(tmp_path / "run" / "trajectories.jsonl") > len(left)
+    assert (tmp_path / "run" / "trajectories.jsonl").read_bytes().startswith(left)

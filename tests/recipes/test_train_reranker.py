@@ -1,0 +1,267 @@
+"""recipes/train_reranker.py, through its real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rag_rl.tiny import FOLDER
+
+RECIPE = "train_reranker"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
+# DESIGN section 4.
+KEYS = {
+    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
+    "eval_seconds", "peak_memory_bytes",
+}  # fmt: skip
+ORDER = {"recall@3", "success@3", "mrr@10", "ndcg@10", "recall@all", "pairwise_accuracy"}
+
+
+@pytest.fixture(scope="module")
+def brief(short) -> Callable[..., list[str]]:
+    """Flags of a short run; ``brief(loss_type="ranknet")`` changes some."""
+    return lambda **changes: short(
+        **{"headroom_samples": None, "per_device_train_batch_size": 4, "reranker_candidates": 8, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
+    """The folder of a short, finished run that mined its rows; plain python, no launcher."""
+    folder = tmp_path_factory.mktemp("reranker") / "run"
+    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def rows_of(folder: Path, when: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder: Path) -> list[int]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["step"] for entry in history if "loss" in entry]
+
+
+def pair_rows(count: int, first: int = 0) -> list[dict]:
+    """Rows of a file; every second one shares its chunk with the next."""
+    return [
+        {
+            "query_text": f"Where does number {i} live?",
+            "positives": [{"doc_id": "p", "text": f"Number {i} lives in house {i}."}],
+            "negatives": [{"doc_id": f"n{j}", "text": f"Number {i} once met {j}."} for j in range(3)],
+            "source_chunk": f"c{i // 2}",
+            "meta": {"domain": "houses"},
+        }
+        for i in range(first, first + count)
+    ]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- a run and what it leaves
+
+
+@pytest.mark.smoke
+def test_metrics(trained_run):
+    found = metrics_of(trained_run)
+    assert set(found) == KEYS
+    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
+    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+    assert set(found["before"]) == set(found["ci95"]) == ORDER
+    assert set(found["after"]) == ORDER | {"mean_margin"}
+    assert all(0.0 <= value <= 1.0 for value in found["before"].values())
+    # Both order the same candidates, and no order finds more of them.
+    assert found["before"]["recall@all"] == found["after"]["recall@all"]
+    for name, (low, high) in found["ci95"].items():
+        assert low <= found["after"][name] - found["before"][name] <= high
+
+
+@pytest.mark.smoke
+def test_before_is_the_retrievers_order(trained_run):
+    from rag_rl.data import load_questions
+
+    gold = {q.question: q.gold_doc_ids for q in load_questions(str(FOLDER / "data" / "heldout_1hop.jsonl"))}
+    for row in rows_of(trained_run, "before"):
+        assert tuple(row["gold_doc_ids"]) == gold[row["question"]]
+        scores = [passage["score"] for passage in row["passages"]]
+        assert scores == [1.0, 0.5, 0.333333]
+    for row in rows_of(trained_run, "after"):
+        scores = [passage["score"] for passage in row["passages"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.smoke
+def test_run_folder(trained_run):
+    names = {path.name for path in trained_run.iterdir()}
+    assert names >= {
+        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
+        "before.jsonl", "after.jsonl", "modules.json", "model.safetensors", "config.json", "tokenizer.json",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+    assert steps_of(trained_run) == [1, 2, 3]
+    for name in ("README.md", "resolved_config.yaml", "config.json", "modules.json"):
+        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
+
+
+@pytest.mark.smoke
+def test_the_trained_model_loads_by_itself_with_the_scores_that_were_measured(trained_run):
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    plain = CrossEncoder(str(trained_run), device="cpu")
+    for row in rows_of(trained_run, "after")[:3]:
+        pairs = [(row["question"], passage["text"]) for passage in row["passages"]]
+        scores = plain.predict(pairs, activation_fn=torch.nn.Identity()).tolist()
+        assert scores == pytest.approx([passage["score"] for passage in row["passages"]], abs=1e-4)
+
+
+@pytest.mark.smoke
+def test_started_again_it_says_so_and_does_nothing(trained_run, run_here, brief, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
+    assert run_here(RECIPE, *brief(), "--output_dir", trained_run) == 0
+    assert f"{trained_run} is already finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("config", ["tiny", "tiny_qlora"])
+def test_the_same_seed_gives_the_same_metrics(run_here, brief, tmp_path, config, trained_run):
+    flags = ["--config", config, *brief(max_steps=2)]
+    for name in ("one", "two"):
+        assert run_here(RECIPE, *flags, "--output_dir", tmp_path / name) == 0
+    assert metrics_of(tmp_path / "one")["after"] == metrics_of(tmp_path / "two")["after"]
+    assert not list((tmp_path / "one").glob("adapter_*")), "tiny_qlora saves merged weights"
+
+
+@pytest.mark.smoke
+def test_rows_from_files_need_neither_index_nor_faiss(run_recipe, brief, tmp_path):
+    train = write_lines(tmp_path / "train.jsonl", pair_rows(12))
+    valid = write_lines(tmp_path / "valid.jsonl", pair_rows(6, first=100))
+    flags = [*brief(max_steps=2, loss_type="listnet"), "--train_file", train, "--valid_file", valid]
+    # A module of that name that cannot be imported stands before the real one.
+    (tmp_path / "faiss.py").write_text("raise ImportError('no faiss here')\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "run", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = metrics_of(tmp_path / "run")
+    assert found["n_eval"] == 6
+    # Nobody knows a retriever's order here: before is the untrained model.
+    assert set(found["before"]) == ORDER | {"mean_margin"}
+    assert {row["question"] for row in rows_of(tmp_path / "run", "before")} == {
+        f"Where does number {i} live?" for i in range(100, 106)
+    }
+
+
+@pytest.mark.smoke
+def test_held_out_rows_are_split_off_with_their_chunks(run_here, brief, tmp_path):
+    train = write_lines(tmp_path / "train.jsonl", pair_rows(20))
+    flags = [*brief(max_steps=1), "--train_file", train, "--valid_size", 4]
+    assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "run") == 0
+    held_out = {int(row["question"].split()[3]) for row in rows_of(tmp_path / "run", "after")}
+    assert len(held_out) == 4
+    assert all(number ^ 1 in held_out for number in held_out), "the two rows of a chunk go together"
+
+
+# ---- resume
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(run_recipe, brief, tmp_path):
+    from rag_rl.run import last_checkpoint
+
+    flags = brief(max_steps=60, save_steps=5, data_train_size=40)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_recipe(RECIPE, *flags, "--output_dir", whole, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags, "--output_dir", str(killed)],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
+    deadline = time.monotonic() + 240
+    while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "metrics.json").exists(), "it was killed in mid-run"
+    refused = run_recipe(RECIPE, *flags, "--output_dir", killed, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "go on with --resume_from_checkpoint true" in refused.stderr
+    again = run_recipe(RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", "true", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert steps_of(killed) == list(range(1, 61))
+    assert metrics_of(killed)["before"] == metrics_of(whole)["before"]
+    assert metrics_of(killed)["after"] == pytest.approx(metrics_of(whole)["after"], abs=1e-4)
+
+
+# ---- bad input
+
+
+@pytest.fixture
+def bad(refused, brief, tmp_path) -> Callable[..., str]:
+    """Runs the recipe with flags that it must refuse; gives its one line."""
+
+    def run(*flags: object, code: int = 2, **changes: object) -> str:
+        output = tmp_path / "run"
+        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
+        assert not (output / "metrics.json").exists()
+        return line
+
+    return run
+
+
+def test_bad_rows_are_named(bad, tmp_path):
+    rows = pair_rows(8)
+    rows[2]["positives"] = []
+    rows[4]["query_text"] = " "
+    line = bad("--train_file", write_lines(tmp_path / "train.jsonl", rows))
+    assert "train.jsonl: 2 bad rows: line 3: field 'positives' is empty" in line
+    assert "line 5: field 'query_text' is empty" in line
+
+
+def test_a_leak_is_named(bad, tmp_path):
+    train = write_lines(tmp_path / "train.jsonl", pair_rows(8))
+    valid = write_lines(tmp_path / "valid.jsonl", pair_rows(4, first=7))
+    line = bad("--train_file", train, "--valid_file", valid)
+    assert "valid.jsonl: 2 of its queries and source chunks are also in" in line
+    assert "query 'Where does number 7 live?'; source_chunk 'c3'" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"reranker_model": "no/such-model"}, "the cross-encoder no/such-model cannot be loaded: "),
+        ({"retriever_name": "none"}, "mining needs a retriever"),
+        ({"valid_file": "x.jsonl"}, "valid_file is set, but train_file is not"),
+        ({"valid_size": 0}, "valid_size must be above 0"),
+        ({"train_file": "no-such.jsonl"}, "no-such.jsonl"),
+        ({"num_negatives": 0}, "num_negatives must be at least 1, got 0"),
+        ({"loss_type": "hinge"}, "loss_type"),
+        ({"reranker_train": "half"}, "reranker_train"),
+        ({"reranker_candidates": 0}, "reranker_candidates must be at least 1, got 0"),
+        ({"reranker_false_negative_margin": 2}, "reranker_false_negative_margin must lie in [0, 1], got 2"),
+        ({"reranker_train": "lora", "reranker_lora_r": 0}, "reranker_lora_r must be at least 1, got 0"),
+        ({"per_device_train_batch_size": 64}, "a batch takes 64 queries, there are 32 to train on"),
+    ],
+)
+def test_settings_that_mean_nothing(bad, changes, expected):
+    assert expected in bad(**changes)

@@ -137,7 +137,7 @@ def collect_chains(
         if retriever is None:
             raise ConfigError("a chain needs a retriever: retriever_name must not be none")
         writer, answers = build_teacher(teacher), build_judge(judge, folder)
-        _keep_settings(folder, resolved([teacher, judge, search, data]))
+        _keep_settings(folder, [teacher, judge, search, data])
         if teacher.teacher_name in ("local", "openai"):  # a later change of the package does not change what was asked
             for name in (teacher.teacher_first_prompt, teacher.teacher_next_prompt):
                 (folder / "prompts").mkdir(exist_ok=True)
@@ -405,13 +405,17 @@ def _prompt_budget(setup: StepSetup, context: int | None, training: Any) -> int 
     return min(bounds, default=None)
 
 
-def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+def _keep_settings(folder: Path, instances: Sequence[Any]) -> None:
     """Refuses a folder of chains that came about otherwise; notes how they come about in a new one."""
     from rag_rl.run import RUNTIME_KEYS, versions
 
     path, free = folder / _SETTINGS, RUNTIME_KEYS | _MAY_CHANGE | {"made_with"}
+    settings = resolved(instances)
     if path.is_file():
-        changed = config_difference(yaml.safe_load(path.read_text(encoding="utf-8")), settings, ignore=free)
+        # Chains can be dear, and last longer than a version: a flag that there was not yet had its default.
+        before = resolved([type(instance)() for instance in instances])
+        before |= yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = config_difference(before, settings, ignore=free)
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise RunFolderError(

@@ -177,6 +177,12 @@ def test_a_folder_is_gone_on_with_by_the_same_settings_only(tmp_path):
     ):
         with pytest.raises(RunFolderError, match=r"holds chains that came about otherwise .* -> .*: give another"):
             collected(tmp_path, **changes)
+    # A flag that there was not yet when the chains were written had its default.
+    written = (tmp_path / "trajectories_config.yaml").read_text()
+    (tmp_path / "trajectories_config.yaml").write_text(written.replace("retriever_shuffled: false\n", ""))
+    assert collected(tmp_path).chains == 4
+    with pytest.raises(RunFolderError, match="retriever_shuffled: false -> true"):
+        collected(tmp_path, search=replace(SEARCH, retriever_shuffled=True))
     (tmp_path / "trajectories_config.yaml").unlink()
     with pytest.raises(RunFolderError, match=r"holds trajectories\.jsonl, and nothing tells how it was made"):
         collected(tmp_path)

@@ -59,6 +59,7 @@ RUNTIME_KEYS = frozenset(
         "judge_max_calls", "judge_max_usd", "judge_cache", "judge_log",
         "judge_usd_per_million_prompt_tokens", "judge_usd_per_million_completion_tokens", "synthesis_base_url",
         "synthesis_api_key_env", "synthesis_concurrency", "synthesis_timeout_s", "synthesis_max_retries",
+        "rollout_batch_size", "local_rollout_forward_batch_size",
     }
 )  # fmt: skip
 # What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.

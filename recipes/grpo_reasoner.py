@@ -50,8 +50,8 @@ def main() -> None:
         build_reasoning,
         build_step_scorer,
         build_step_setup,
+        build_tokenizer,
     )
-    from rag_rl.config.teachers import build_tokenizer
     from rag_rl.trainers.step_grpo_trainer import StepGRPOTrainer
     from trl import get_peft_config, get_quantization_config
 

@@ -51,8 +51,8 @@ def main() -> None:
         build_reasoning,
         build_step_scorer,
         build_step_setup,
+        build_tokenizer,
     )
-    from rag_rl.config.teachers import build_tokenizer
     from rag_rl.generation import PolicyGenerator
     from rag_rl.trainers.step_ppo_trainer import StepPPOTrainer
     from trl import get_peft_config, get_quantization_config

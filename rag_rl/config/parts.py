@@ -542,6 +542,44 @@ def first_process() -> Any:
     return PartialState().main_process_first()
 
 
+def build_tokenizer(model: Any, training: Any, *, setting: str = "model_name_or_path") -> tuple[Any, int | None]:
+    """Loads the tokenizer of the model that will be trained.
+
+    A trainer that is given a name loads the model itself, by ``training.model_init_kwargs`` alone: how ``ModelConfig``
+    wants it loaded (dtype, attention, revision) is put in there.
+
+    Args:
+        model: TRL's ``ModelConfig``; ``${tiny}`` in its path is expanded in place.
+        training: TRL's config.
+        setting: what named the model, for errors.
+
+    Returns:
+        The tokenizer, with a padding token; and the longest context of the model, None where its config sets none.
+
+    Raises:
+        ConfigError: the model cannot be found.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    model.model_name_or_path = expand(model.model_name_or_path or "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{setting} {model.model_name_or_path!r} cannot be loaded: {first}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    wanted = {
+        "dtype": getattr(model, "dtype", None),
+        "attn_implementation": getattr(model, "attn_implementation", None),
+        "revision": model.model_revision if model.model_revision != "main" else None,
+    }
+    named = {name: value for name, value in wanted.items() if value is not None}
+    training.model_init_kwargs = {**named, **(getattr(training, "model_init_kwargs", None) or {})}
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def build_assembly(
     args: GeneratorArguments,
     retriever: Retriever | None,
@@ -557,7 +595,8 @@ def build_assembly(
         args: how the generator is asked.
         retriever: where passages come from.
         top_k: passages a question.
-        training: TRL's config; ``max_completion_length`` is the budget of an answer.
+        training: TRL's config; ``max_completion_length`` is the budget of an answer; as in ``build_tokenizer``, how
+            the model shall be loaded is put into it.
         model: TRL's ``ModelConfig``, for tokenizer and context length; ``${tiny}`` in its path is expanded in place.
         setting: what named the model, for errors.
 
@@ -567,22 +606,11 @@ def build_assembly(
     Raises:
         ConfigError: the model cannot be found, or the prompt lacks a placeholder.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     from rag_rl.evaluation.assembly import Assembly
     from rag_rl.generation.transformers_generator import encode_prompts
 
-    model.model_name_or_path = expand(model.model_name_or_path or "")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{setting} {model.model_name_or_path!r} cannot be loaded: {first}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer, context = build_tokenizer(model, training, setting=setting)
     budget = args.generator_max_prompt_tokens
-    context = getattr(config, "max_position_embeddings", None)
     if context is not None:
         room = context - training.max_completion_length
         if room < 1:

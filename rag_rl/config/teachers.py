@@ -14,7 +14,7 @@ import yaml
 
 from rag_rl.config.arguments import DataArguments, JudgeArguments, RetrieverArguments
 from rag_rl.config.parsing import config_difference, resolved
-from rag_rl.config.parts import build_judge, describe_judge, expand, first_process, import_attribute
+from rag_rl.config.parts import build_judge, build_tokenizer, describe_judge, expand, first_process, import_attribute
 from rag_rl.config.teacher_arguments import ColdStartArguments, TeacherArguments
 from rag_rl.errors import ConfigError, DataError, RunFolderError
 from rag_rl.prompts import load_prompt
@@ -253,43 +253,6 @@ def build_chains(
         return read_trajectories(expand(args.coldstart_path))
     collect_chains(questions, folder, retriever, teacher=teacher, judge=judge, search=search, data=data)
     return read_trajectories(folder / TRAJECTORIES)
-
-
-def build_tokenizer(model: Any, training: Any) -> tuple[Any, int | None]:
-    """Loads the tokenizer of the model that will be trained.
-
-    A trainer that is given a name loads the model itself, by ``training.model_init_kwargs`` alone: how ``ModelConfig``
-    wants it loaded (dtype, attention, revision) is put in there.
-
-    Args:
-        model: TRL's ``ModelConfig``; ``${tiny}`` in its path is expanded in place.
-        training: TRL's config.
-
-    Returns:
-        The tokenizer, with a padding token; and the longest context of the model, None where its config sets none.
-
-    Raises:
-        ConfigError: the model cannot be found.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    model.model_name_or_path = expand(model.model_name_or_path or "")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model_name_or_path {model.model_name_or_path!r} cannot be loaded: {first}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    wanted = {
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        "revision": model.model_revision if model.model_revision != "main" else None,
-    }
-    named = {name: value for name, value in wanted.items() if value is not None}
-    training.model_init_kwargs = {**named, **(training.model_init_kwargs or {})}
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def build_examples(

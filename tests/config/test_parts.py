@@ -40,6 +40,7 @@ from rag_rl.config.parts import (
     build_step_judges,
     build_step_scorer,
     build_step_setup,
+    build_tokenizer,
     build_trained_questions,
     default_weights,
     describe_judge,
@@ -314,6 +315,26 @@ def test_assembly(retriever):
     assert assembly.generator is None
     assert (assembly.top_k, assembly.max_new_tokens) == (3, 32)
     assert assembly.max_prompt_tokens == 2048 - 32
+
+
+def test_how_a_model_is_loaded_reaches_the_trainer():
+    from transformers import AutoTokenizer
+
+    model = SimpleNamespace(
+        model_name_or_path="${tiny}/reader", model_revision="main", dtype="bfloat16", attn_implementation="sdpa"
+    )
+    training = SimpleNamespace(model_init_kwargs=None)
+    tokenizer, context = build_tokenizer(model, training)
+    assert model.model_name_or_path == str(FOLDER / "reader")
+    assert context == 2048
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(FOLDER / "reader").get_vocab()
+    assert training.model_init_kwargs == {"dtype": "bfloat16", "attn_implementation": "sdpa"}
+    training.model_init_kwargs = {"dtype": "float16"}
+    build_tokenizer(model, training)
+    assert training.model_init_kwargs == {"dtype": "float16", "attn_implementation": "sdpa"}, "what is set there wins"
+    model.model_name_or_path = "${tiny}/nowhere"
+    with pytest.raises(ConfigError, match=r"model_name_or_path .*nowhere' cannot be loaded"):
+        build_tokenizer(model, training)
 
 
 def test_prompt_budget(retriever):

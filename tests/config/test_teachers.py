@@ -9,7 +9,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer
 
 from rag_rl.config.arguments import DataArguments, JudgeArguments, RetrieverArguments
 from rag_rl.config.teacher_arguments import ColdStartArguments, TeacherArguments
@@ -17,7 +16,6 @@ from rag_rl.config.teachers import (
     build_chains,
     build_examples,
     build_teacher,
-    build_tokenizer,
     collect_chains,
     report_trajectories,
 )
@@ -326,21 +324,3 @@ def test_no_room_for_a_prompt(chains):
         examples(chains, max_length=64)
     with pytest.raises(ConfigError, match="the model's context is 2048"):
         examples(chains, max_step_tokens=2048, max_length=None)
-
-
-def test_how_a_model_is_loaded_reaches_the_trainer():
-    model = SimpleNamespace(
-        model_name_or_path=READER, model_revision="main", dtype="bfloat16", attn_implementation="sdpa"
-    )
-    training = SimpleNamespace(model_init_kwargs=None)
-    tokenizer, context = build_tokenizer(model, training)
-    assert model.model_name_or_path == str(FOLDER / "reader")
-    assert context == 2048
-    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(FOLDER / "reader").get_vocab()
-    assert training.model_init_kwargs == {"dtype": "bfloat16", "attn_implementation": "sdpa"}
-    training.model_init_kwargs = {"dtype": "float16"}
-    build_tokenizer(model, training)
-    assert training.model_init_kwargs == {"dtype": "float16", "attn_implementation": "sdpa"}, "what is set there wins"
-    model.model_name_or_path = "${tiny}/nowhere"
-    with pytest.raises(ConfigError, match=r"model_name_or_path .*nowhere' cannot be loaded"):
-        build_tokenizer(model, training)

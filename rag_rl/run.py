@@ -260,7 +260,7 @@ class Run:
         )
         card = model_card(
             summary,
-            base_model=str(next(filter(None, map(self.settings.get, _BASES)))),
+            base_model=next(filter(None, map(self.settings.get, _BASES)), None),
             library_name="transformers" if "model_name_or_path" in self.settings else "sentence-transformers",
             recipe=self.recipe,
             config_name=self.config,

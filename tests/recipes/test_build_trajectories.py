@@ -72,6 +72,13 @@ def test_chains_over_one_hop(run_here, tmp_path):
 # ---- a served teacher
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of a client that hung up: a run that stops closes its connections."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 class Taught:
     """A chat server on loopback that answers in the grammar, and right at the attempts of its plan.
 
@@ -108,7 +115,7 @@ class Taught:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()

@@ -391,6 +391,13 @@ def test_settings_that_mean_nothing(bad, changes, expected):
 # ---- a reader's endpoint
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of a client that hung up: a run that stops closes its connections."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 class Served:
     """A chat server on loopback that answers so many requests and refuses all others."""
 
@@ -420,7 +427,7 @@ class Served:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()

@@ -143,7 +143,7 @@ def test_started_again_it_says_so_and_does_nothing(trained_run, run_here, brief,
     assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
 
 
-@pytest.mark.smoke
+@pytest.mark.slow
 @pytest.mark.parametrize("credit", ["step", "return_to_go"])
 def test_another_credit_with_the_oracle(run_here, brief, tmp_path, credit):
     flags = brief(

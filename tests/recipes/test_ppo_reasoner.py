@@ -111,7 +111,7 @@ def test_started_again_it_says_so_and_does_nothing(trained_run, run_recipe, brie
     assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
 
 
-@pytest.mark.smoke
+@pytest.mark.slow
 def test_with_lora_a_judge_and_without_the_outcome(run_here, brief, tmp_path):
     flags = brief(
         max_steps=1, use_peft="true", lora_r=4, lora_target_modules="all-linear", judge_name="oracle",

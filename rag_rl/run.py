@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -266,8 +266,8 @@ class Run:
             config_name=self.config,
             title=title,
         )
-        _write(self.folder / "README.md", card)
-        _write(self.folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(self.folder / "README.md", card)
+        write_whole(self.folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
         print(results_table(summary, self.folder))  # noqa: T201 - what the user waited for
         return summary
 
@@ -299,14 +299,14 @@ class Run:
             with main_process_only() as main:
                 if main:
                     write_rows(self.folder / f"baseline_{name}.jsonl", found.rows)
-                    _write(self.folder / "baselines.json", json.dumps(known, indent=2) + "\n")
+                    write_whole(self.folder / "baselines.json", json.dumps(known, indent=2) + "\n")
 
     def _store(self, when: str, found: Evaluation, seconds: float, headroom: dict[str, float]) -> None:
         from rag_rl.evaluation.scoring import write_rows
 
         write_rows(self.folder / f"{when}.jsonl", found.rows)
         content = {"metrics": found.metrics, "seconds": seconds, "headroom": headroom}
-        _write(self.folder / f"{when}.json", json.dumps(content, indent=2) + "\n")
+        write_whole(self.folder / f"{when}.json", json.dumps(content, indent=2) + "\n")
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -399,7 +399,7 @@ def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[s
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             record = {"recipe": recipe, "config": config, "made_with": versions(), **settings}
-            _write(folder / "resolved_config.yaml", yaml.safe_dump(record, sort_keys=False))
+            write_whole(folder / "resolved_config.yaml", yaml.safe_dump(record, sort_keys=False))
             keep_prompts(folder, settings)
     set_seed(training.seed)
     hf_logging.set_verbosity_warning()
@@ -494,7 +494,7 @@ def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
             kept[f"rubric_{rubric.name}"] = rubric.text
     for stem, text in kept.items():
         (folder / "prompts").mkdir(exist_ok=True)
-        _write(folder / "prompts" / f"{stem}.txt", text + "\n")
+        write_whole(folder / "prompts" / f"{stem}.txt", text + "\n")
 
 
 def _step_rubrics(settings: dict[str, Any]) -> list[str]:
@@ -505,6 +505,57 @@ def _step_rubrics(settings: dict[str, Any]) -> list[str]:
     if settings.get("step_coherence"):
         asked.add("reasoning_coherence")
     return [rubric for rubric in STEP_RUBRICS if rubric in asked]
+
+
+def keep_settings(
+    path: Path,
+    settings: dict[str, Any],
+    *,
+    holds: str,
+    ignore: Iterable[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Notes how the data in a folder come about; refuses a folder whose data came about otherwise.
+
+    For recipes that make data which can be gone on with, and are no run.
+
+    Args:
+        path: file of the settings, in the folder; made with it where it is missing.
+        settings: as they are now.
+        holds: what the folder holds, for the error.
+        ignore: settings that may change, beside those of every run.
+        defaults: what a setting was that the file does not name yet, since it came with a later version.
+
+    Raises:
+        RunFolderError: a setting that matters is another one.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, yaml.safe_dump({"made_with": versions(), **settings}, sort_keys=False))
+        return
+    before = {**(defaults or {}), **yaml.safe_load(path.read_text(encoding="utf-8"))}
+    changed = config_difference(before, settings, ignore=RUNTIME_KEYS | {"made_with", *ignore})
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise RunFolderError(
+            f"{path.parent} holds {holds} that came about otherwise ({'; '.join(changed[:3])}{more}): give another "
+            "--output_dir"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, all or nothing; half a character, which a service can send, as JSON escapes it.
+
+    Args:
+        path: the file; an existing one is replaced at the very end.
+        text: its content.
+    """
+    half = path.with_name(f".{path.name}.part")
+    try:
+        half.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str | None:
@@ -673,7 +724,7 @@ def make_base_relative(folder: Path) -> None:
         return
     # From where the folder really lies: a run folder may be reached through a link to another disk.
     content["base_model_name_or_path"] = Path(os.path.relpath(base, folder.resolve())).as_posix()
-    _write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager
@@ -799,7 +850,7 @@ def _clock(path: Path) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                _write(path, json.dumps({"train_seconds": self.earlier + time.time() - self.start}))
+                write_whole(path, json.dumps({"train_seconds": self.earlier + time.time() - self.start}))
 
         on_train_end = on_save
 
@@ -902,13 +953,3 @@ def _relative_bases(folder: Path) -> Any:
                     make_base_relative(checkpoint)
 
     return RelativeBases()
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a text file, all or nothing."""
-    half = path.with_name(f".{path.name}.part")
-    try:
-        half.write_text(text, encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)

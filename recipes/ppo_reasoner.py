@@ -63,8 +63,8 @@ def main() -> None:
     # 3. Retriever and judge: how chains are played and measured
     setup = build_step_setup(reasoner_args, retriever_args, data_args, seed=run.seed)
     tokenizer, _ = build_tokenizer(model_args, training_args)
-    assembly = build_reasoning(setup, reasoner_args, step_args, judge_args, run.folder)
-    baselines = build_baselines(setup, reasoner_args, model_args, answer_judge=assembly.answer_judge)
+    assembly = build_reasoning(setup, step_args, judge_args, run.folder)
+    baselines = build_baselines(assembly, reasoner_args, model_args)
 
     # 4. Rewards: one a step
     scorer = build_step_scorer(step_args, judge_args, run.folder)

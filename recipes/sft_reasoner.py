@@ -57,8 +57,8 @@ def main() -> None:
 
     # 3. Retriever and judge: how chains are played and measured
     setup = build_step_setup(reasoner_args, retriever_args, data_args, seed=run.seed)
-    assembly = build_reasoning(setup, reasoner_args, step_args, judge_args, run.folder)
-    baselines = build_baselines(setup, reasoner_args, model_args, answer_judge=assembly.answer_judge)
+    assembly = build_reasoning(setup, step_args, judge_args, run.folder)
+    baselines = build_baselines(assembly, reasoner_args, model_args)
 
     # 4. No rewards, but chains to learn from: read, or written by the teacher
     chains = build_chains(

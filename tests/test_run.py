@@ -26,6 +26,7 @@ from rag_rl.run import (
     disk_trouble,
     evaluate_sharded,
     keep_prompts,
+    keep_settings,
     last_checkpoint,
     launch,
     make_base_relative,
@@ -37,6 +38,7 @@ from rag_rl.run import (
     start_data_run,
     start_run,
     versions,
+    write_whole,
 )
 from rag_rl.types import Passage, Question
 
@@ -599,14 +601,14 @@ def test_an_error_before_the_first_step_leaves_no_checkpoint_and_a_bug_none_at_a
 
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
-    runs._write(tmp_path / "a.json", "old")
+    runs.write_whole(tmp_path / "a.json", "old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        runs._write(tmp_path / "a.json", "new")
+        runs.write_whole(tmp_path / "a.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "old"
 
@@ -700,3 +702,27 @@ def test_merging_changes_no_vector():
     assert trainer.model.encode(["Where is the home?"]) == pytest.approx(vector, abs=1e-5)
     assert not [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
     assert set(trainer.model.state_dict()) == names, "nothing of the adapter is left"
+
+
+# ---- folders of data
+
+
+def test_settings_are_kept_and_others_refused(tmp_path):
+    path = tmp_path / "chains" / "settings.yaml"
+    keep_settings(path, {"seed": 1, "output_dir": "a", "batch": 2}, holds="chains")
+    assert yaml.safe_load(path.read_text())["made_with"]
+    keep_settings(path, {"seed": 1, "output_dir": "b", "batch": 3}, holds="chains", ignore=["batch"])
+    with pytest.raises(RunFolderError, match=r"chains holds chains that came about otherwise \(seed: 1 -> 2\): give"):
+        keep_settings(path, {"seed": 2, "output_dir": "a", "batch": 2}, holds="chains")
+    # A flag that came with a later version had its default.
+    later = {"seed": 1, "output_dir": "a", "batch": 2, "new": 5}
+    keep_settings(path, later, holds="chains", defaults={"new": 5})
+    with pytest.raises(RunFolderError, match="new"):
+        keep_settings(path, {**later, "new": 6}, holds="chains", defaults={"new": 5})
+
+
+def test_text_is_written_whole(tmp_path):
+    path = tmp_path / "text"
+    write_whole(path, "half a character: \ud83d")
+    assert path.read_bytes() == b"half a character: \\ud83d"
+    assert os.listdir(tmp_path) == ["text"]

@@ -834,7 +834,7 @@ def build_step_scorer(args: StepRewardArguments, judge: JudgeArguments, folder: 
 
     rule = step_reward_rule(args.step_reward)
     judges = build_step_judges(judge, [name for name in rule.needs if name != GOLD_GAIN], folder)
-    return StepScorer(rule, judges, build_judge(judge, folder))
+    return StepScorer(rule, judges, build_judge(judge, folder), pass_mark=describe_judge(judge)[1])
 
 
 def build_step_setup(
@@ -1031,17 +1031,12 @@ def _reward(
 
 
 def build_reasoning(
-    setup: StepSetup,
-    reasoner: ReasonerArguments,
-    args: StepRewardArguments,
-    judge: JudgeArguments,
-    folder: Path | None = None,
+    setup: StepSetup, args: StepRewardArguments, judge: JudgeArguments, folder: Path | None = None
 ) -> ReasoningAssembly:
     """Puts together what a reasoner is evaluated with.
 
     Args:
         setup: how chains are played.
-        reasoner: what ``setup`` was built from.
         args: whether analyses are judged.
         judge: of answers (its own rubric) and of analyses.
         folder: as in ``build_judge``.
@@ -1054,16 +1049,18 @@ def build_reasoning(
     """
     from rag_rl.evaluation.reasoning import COHERENCE, ReasoningAssembly
 
-    del reasoner
     coherence = build_step_judges(judge, [COHERENCE], folder).get(COHERENCE) if args.step_coherence else None
     if args.step_coherence and coherence is None:
         raise ConfigError("step_coherence is set, but judge_name is not: nobody can judge an analysis")
-    return ReasoningAssembly(setup, answer_judge=build_judge(judge, folder), coherence_judge=coherence)
+    return ReasoningAssembly(
+        setup,
+        answer_judge=build_judge(judge, folder),
+        pass_mark=describe_judge(judge)[1],
+        coherence_judge=coherence,
+    )
 
 
-def build_baselines(
-    setup: StepSetup, args: ReasonerArguments, model: Any, *, answer_judge: Judge | None = None
-) -> dict[str, Part]:
+def build_baselines(reasoning: ReasoningAssembly, args: ReasonerArguments, model: Any) -> dict[str, Part]:
     """Builds what a reasoner has to beat: the same questions, asked once.
 
     ``one_shot`` is shown at once as many passages as a chain sees at most when it still answers, unless
@@ -1071,10 +1068,9 @@ def build_baselines(
     starts from and, as ``..._other_model``, of ``reasoner_baseline_model``, which is loaded when it is measured.
 
     Args:
-        setup: how chains are played; retriever and budgets are the same.
+        reasoning: what they are compared with: retriever, budgets and the judge of answers are the same.
         args: which baselines, and how they are asked.
         model: TRL's ``ModelConfig``, as in ``build_assembly``.
-        answer_judge: of answers, as in the assembly that they are compared with.
 
     Returns:
         Name to assembly, for ``Run.measure_before``.
@@ -1084,6 +1080,7 @@ def build_baselines(
     """
     from rag_rl.evaluation.assembly import OtherModel
 
+    setup = reasoning.setup
     top_k = args.reasoner_baseline_top_k or setup.top_k * max(1, setup.max_steps - 1)
     shown = {
         "one_shot": (args.reasoner_baseline_prompt, setup.retriever),
@@ -1108,6 +1105,6 @@ def build_baselines(
             assembly, _ = build_assembly(
                 asking, retriever, top_k=top_k, training=budget, model=source, setting=setting
             )
-            assembly.answer_judge = answer_judge
+            assembly.answer_judge, assembly.pass_mark = reasoning.answer_judge, reasoning.pass_mark
             found[name + suffix] = OtherModel(assembly, source.model_name_or_path) if suffix else assembly
     return found

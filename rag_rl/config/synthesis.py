@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
 from rag_rl.config.arguments import DataArguments, RetrieverArguments
-from rag_rl.config.parsing import config_difference, resolved
+from rag_rl.config.parsing import resolved
 from rag_rl.config.parts import build_corpus, build_retriever, expand, import_attribute
 from rag_rl.config.synthesis_arguments import SynthesisArguments
 from rag_rl.errors import ConfigError, RunFolderError
+from rag_rl.run import keep_settings, write_whole
 from rag_rl.types import Passage, Question
 
 if TYPE_CHECKING:
@@ -249,7 +248,7 @@ def report_queries(
         index: Any = build_retriever(retriever, data)
         scores = evaluate_retrieval(index, questions, top_k=min(_PROBE_K, len(index)))
         summary |= {name: round(value, 4) for name, value in scores.items()}
-    _write_whole(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         shown = ", ".join(f"{key}: {n}" for key, n in value.items()) if isinstance(value, dict) else value
         print(f"{name:19}{shown}")  # noqa: T201 - what the user waited for
@@ -330,33 +329,14 @@ def _keep_prompts(folder: Path, args: SynthesisArguments) -> None:
         return
     (folder / "prompts").mkdir(exist_ok=True)
     for name in [_prompt(args), *([_check_prompt(args)] if args.synthesis_check != "none" else [])]:
-        _write_whole(folder / "prompts" / f"{Path(name).stem}.txt", load_prompt(name) + "\n")
+        write_whole(folder / "prompts" / f"{Path(name).stem}.txt", load_prompt(name) + "\n")
 
 
 def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuses a folder whose queries came about otherwise; notes how they come about in a new one."""
-    from rag_rl.run import RUNTIME_KEYS, versions
-
-    path = folder / _SETTINGS
-    if path.is_file():
-        free = RUNTIME_KEYS | _MAY_CHANGE | {"made_with"}
-        changed = config_difference(yaml.safe_load(path.read_text(encoding="utf-8")), settings, ignore=free)
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise RunFolderError(
-                f"{folder} holds queries that came about otherwise ({'; '.join(changed[:3])}{more}): give another "
-                "--output_dir"
-            )
-        return
     if folder.is_file():
         raise RunFolderError(f"output_dir {folder} is a file: give another --output_dir")
-    if folder.is_dir() and any(not one.name.endswith(".part") for one in folder.iterdir()):
+    path = folder / _SETTINGS
+    if not path.is_file() and folder.is_dir() and any(not one.name.endswith(".part") for one in folder.iterdir()):
         raise RunFolderError(f"output_dir {folder} is not empty and holds no synthesis: give another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, yaml.safe_dump({"made_with": versions(), **settings}, sort_keys=False))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    half = path.with_name(f".{path.name}.part")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
+    keep_settings(path, settings, holds="queries", ignore=_MAY_CHANGE)

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import yaml
-
 from rag_rl.config.arguments import DataArguments, JudgeArguments, RetrieverArguments
-from rag_rl.config.parsing import config_difference, resolved
+from rag_rl.config.parsing import resolved
 from rag_rl.config.parts import build_judge, build_tokenizer, describe_judge, expand, first_process, import_attribute
 from rag_rl.config.teacher_arguments import ColdStartArguments, TeacherArguments
 from rag_rl.errors import ConfigError, DataError, RunFolderError
 from rag_rl.prompts import load_prompt
+from rag_rl.run import keep_settings, write_whole
 from rag_rl.types import Prompt, Question, Retriever
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def collect_chains(
         if teacher.teacher_name in ("local", "openai"):  # a later change of the package does not change what was asked
             for name in (teacher.teacher_first_prompt, teacher.teacher_next_prompt):
                 (folder / "prompts").mkdir(exist_ok=True)
-                _write(folder / "prompts" / f"{Path(name).stem}.txt", load_prompt(expand(name)) + "\n")
+                write_whole(folder / "prompts" / f"{Path(name).stem}.txt", load_prompt(expand(name)) + "\n")
         found = collect_trajectories(
             questions,
             teacher=writer,
@@ -194,7 +193,7 @@ def report_trajectories(
     right = [chain for chain in chains if chain.state == "correct"]
     states = Counter(chain.state for chain in chains)
     pairs = dpo_pairs(chains, prompts=StepPrompts(layout=layout))
-    _write(folder / _PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    write_whole(folder / _PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     summary = {
         "questions": len(questions),
         "solved": found.solved,
@@ -206,7 +205,7 @@ def report_trajectories(
         "steps": {str(n): count for n, count in sorted(Counter(len(chain.steps) for chain in right).items())},
         "dpo_pairs": len(pairs),
     }
-    _write(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         shown = ", ".join(f"{key}: {n}" for key, n in value.items()) if isinstance(value, dict) else value
         print(f"{name:14}{shown}")  # noqa: T201 - what the user waited for
@@ -370,39 +369,15 @@ def _prompt_budget(setup: StepSetup, context: int | None, training: Any) -> int 
 
 def _keep_settings(folder: Path, instances: Sequence[Any]) -> None:
     """Refuses a folder of chains that came about otherwise; notes how they come about in a new one."""
-    from rag_rl.run import RUNTIME_KEYS, versions
-
-    path, free = folder / _SETTINGS, RUNTIME_KEYS | _MAY_CHANGE | {"made_with"}
-    settings = resolved(instances)
-    if path.is_file():
-        # Chains can be dear, and last longer than a version: a flag that there was not yet had its default.
-        before = resolved([type(instance)() for instance in instances])
-        before |= yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = config_difference(before, settings, ignore=free)
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise RunFolderError(
-                f"{folder} holds chains that came about otherwise ({'; '.join(changed[:3])}{more}): give another "
-                "--output_dir"
-            )
-        return
+    path = folder / _SETTINGS
     strange = [name for name in (TRAJECTORIES, _PAIRS, _SUMMARY) if (folder / name).exists()]
-    if strange:
+    if strange and not path.is_file():
         raise RunFolderError(
             f"{folder} holds {strange[0]}, and nothing tells how it was made: give another --output_dir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, yaml.safe_dump({"made_with": versions(), **settings}, sort_keys=False))
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a text file, all or nothing; half a character, which services send, as JSON escapes it."""
-    half = path.with_name(f".{path.name}.part")
-    try:
-        half.write_bytes(text.encode("utf-8", "backslashreplace"))
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+    # Chains can be dear, and last longer than a version: a flag that there was not yet had its default.
+    defaults = resolved([type(instance)() for instance in instances])
+    keep_settings(path, resolved(instances), holds="chains", ignore=_MAY_CHANGE, defaults=defaults)
 
 
 def _tiny_words(question: Question, hop: int) -> tuple[str, str] | None:

@@ -86,6 +86,7 @@ class Assembly:
         count_tokens: length of a prompt in tokens; needed with ``max_prompt_tokens``.
         generator_type: ``"instruct"`` and ``"api"`` get chat turns, ``"base"`` plain text.
         answer_judge: of answers that match no accepted one exactly, for ``judge_accuracy``; None for no such metric.
+        pass_mark: of that judge: the score from which on an answer is right, in [0, 1].
 
     Raises:
         ConfigError: ``top_k`` below 1, or a prompt without its placeholders.
@@ -105,6 +106,7 @@ class Assembly:
         count_tokens: Callable[[Sequence[Prompt]], list[int]] | None = None,
         generator_type: Literal["api", "base", "instruct"] = "instruct",
         answer_judge: Judge | None = None,
+        pass_mark: float = 0.5,
     ) -> None:
         if top_k < 1:
             raise ConfigError(f"retriever_top_k must be at least 1, got {top_k}")
@@ -122,7 +124,7 @@ class Assembly:
         self.max_prompt_tokens = max_prompt_tokens
         self.count_tokens = count_tokens
         self.generator_type = generator_type
-        self.answer_judge = answer_judge
+        self.answer_judge, self.pass_mark = answer_judge, pass_mark
 
     def with_generator(self, generator: Generator) -> Assembly:
         """The same assembly around another generator.
@@ -187,8 +189,8 @@ class Assembly:
         row = score_row(answered, marker=self.answer_marker, top_k=None if self.retriever is None else self.top_k)
         if self.answer_judge is not None:
             score = answered.verdict.score if answered.verdict is not None else None
-            # Right from the mark on that ``judge_answers`` has, so that chains and single answers can be compared.
-            scores = judge_scores(answered.answer, None if score is None else float(score >= 0.5))
+            # Right or wrong as ``judge_answers`` has it, so that chains and single answers can be compared.
+            scores = judge_scores(answered.answer, None if score is None else float(score >= self.pass_mark))
             row["scores"] |= scores if answered.failure is None else dict.fromkeys(scores)
         return row
 

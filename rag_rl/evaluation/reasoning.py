@@ -34,6 +34,7 @@ class ReasoningAssembly:
         setup: retriever, budgets and layout of the chains.
         generator: who writes the steps; None for the one that ``under_training`` or ``reloaded`` bring.
         answer_judge: of final answers, beside exact match; None for exact match alone.
+        pass_mark: of the answer judge: the score from which on an answer is right.
         coherence_judge: of the rubric ``reasoning_coherence``, asked about every analysis; None for no such metric.
     """
 
@@ -43,10 +44,11 @@ class ReasoningAssembly:
         *,
         generator: Generator | None = None,
         answer_judge: Judge | None = None,
+        pass_mark: float = 0.5,
         coherence_judge: Judge | None = None,
     ) -> None:
         self.setup, self.generator = setup, generator
-        self.answer_judge, self.coherence_judge = answer_judge, coherence_judge
+        self.answer_judge, self.pass_mark, self.coherence_judge = answer_judge, pass_mark, coherence_judge
 
     def with_generator(self, generator: Generator) -> ReasoningAssembly:
         """The same assembly around another generator.
@@ -126,7 +128,7 @@ class ReasoningAssembly:
         environment = self.setup.environment(self.generator, temperature=temperature, seed=seed)
         played = environment.rollout([question for question in questions for _ in range(n)])
         if self.answer_judge is not None:
-            run_judging(judge_answers(played, self.answer_judge))
+            run_judging(judge_answers(played, self.answer_judge, pass_mark=self.pass_mark))
         if self.coherence_judge is not None:
             run_judging(judge_steps(played, {COHERENCE: self.coherence_judge}))
         return [[_answered(chain) for chain in played[start : start + n]] for start in range(0, len(played), n)]

@@ -29,6 +29,7 @@ class StepScorer:
         rule: how scores and end state become rewards.
         judges: a judge for each rubric that the rule needs, by name; ``GOLD_GAIN`` needs none.
         answer_judge: of final answers; None: exact match with an accepted answer.
+        pass_mark: of that judge: the score from which on an answer is right, in [0, 1].
 
     Raises:
         ConfigError: the rule needs a score that neither a judge nor ``GOLD_GAIN`` gives.
@@ -37,6 +38,7 @@ class StepScorer:
     rule: StepRewardRule
     judges: Mapping[str, Judge] = field(default_factory=dict)
     answer_judge: Judge | None = None
+    pass_mark: float = 0.5
 
     def __post_init__(self) -> None:
         missing = [name for name in self.rule.needs if name not in self.judges and name != GOLD_GAIN]
@@ -55,8 +57,30 @@ class StepScorer:
         Raises:
             BackendError: a judge's backend is broken.
         """
+        self.score_answers(trajectories)
+        self.score_steps(trajectories)
+
+    def score_answers(self, trajectories: Sequence[StepTrajectory]) -> None:
+        """Judges final answers only, which settles how each chain ended.
+
+        Args:
+            trajectories: B finished chains.
+
+        Raises:
+            BackendError: the judge's backend is broken.
+        """
         if self.answer_judge is not None:
-            run_judging(judge_answers(trajectories, self.answer_judge))
+            run_judging(judge_answers(trajectories, self.answer_judge, pass_mark=self.pass_mark))
+
+    def score_steps(self, trajectories: Sequence[StepTrajectory]) -> None:
+        """Judges steps only.
+
+        Args:
+            trajectories: B chains.
+
+        Raises:
+            BackendError: a judge's backend is broken.
+        """
         if self.judges:
             run_judging(judge_steps(trajectories, self.judges))
         if GOLD_GAIN in self.rule.needs:

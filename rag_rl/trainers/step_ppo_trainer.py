@@ -37,8 +37,6 @@ from rag_rl.reasoning import (
     StepSetup,
     StepTrajectory,
     has_step_format,
-    judge_answers,
-    run_judging,
     step_statistics,
 )
 from rag_rl.trainers.step_ppo_config import StepPPOConfig
@@ -317,9 +315,8 @@ class StepPPOTrainer:
             # The step alone is judged: what came before was judged for its own sake, if at all, and what comes after
             # counts only by how it ends.
             scored = [_up_to(chain, place, rule.needs) for chain, place in zip(played, places, strict=True)]
-        if self.scorer.answer_judge is not None:
-            run_judging(judge_answers(played, self.scorer.answer_judge))
-        replace(self.scorer, answer_judge=None).score(scored)
+        self.scorer.score_answers(played)
+        self.scorer.score_steps(scored)
         rewards: list[float | None] = []
         for chain, shown, place in zip(played, scored, places, strict=True):
             scores = [record.scores for record in shown.searches]

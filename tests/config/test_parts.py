@@ -50,6 +50,7 @@ from rag_rl.config.parts import (
     make_trainable,
 )
 from rag_rl.errors import ConfigError, DataError, IndexMismatchError
+from rag_rl.evaluation import ReasoningAssembly
 from rag_rl.judges import ScriptedJudge
 from rag_rl.tiny import FOLDER
 from rag_rl.types import JudgeCase, Passage, Question
@@ -853,6 +854,8 @@ def test_step_scorer():
     assert set(scorer.judges) == {"document_relevance", "query_rationality", "reasoning_coherence"}
     assert {judge.rubric for judge in scorer.judges.values()} == set(scorer.judges)
     assert scorer.answer_judge.rubric == "answer_correctness"
+    strict = build_step_scorer(StepRewardArguments(), dataclasses.replace(oracle, judge_pass_mark=0.9))
+    assert (scorer.pass_mark, strict.pass_mark) == (0.5, 0.9)
     alone = build_step_scorer(StepRewardArguments(step_reward="gold_gain"), JudgeArguments())
     assert (alone.judges, alone.answer_judge) == ({}, None)
     with pytest.raises(ConfigError, match=r"needs verdicts on document_relevance: name a judge \(judge_name\)"):
@@ -883,51 +886,57 @@ REASONER = ReasonerArguments(
 def test_reasoning_assembly():
     setup = build_step_setup(REASONER, TINY, DATA)
     oracle = JudgeArguments(judge_name="oracle")
-    bare = build_reasoning(setup, REASONER, StepRewardArguments(), JudgeArguments())
+    bare = build_reasoning(setup, StepRewardArguments(), JudgeArguments())
     assert (bare.setup, bare.generator, bare.answer_judge, bare.coherence_judge) == (setup, None, None, None)
-    judged = build_reasoning(setup, REASONER, StepRewardArguments(), oracle)
+    judged = build_reasoning(setup, StepRewardArguments(), oracle)
     assert (judged.answer_judge.rubric, judged.coherence_judge) == ("answer_correctness", None)
-    judged = build_reasoning(setup, REASONER, StepRewardArguments(step_coherence=True), oracle)
+    strict = build_reasoning(setup, StepRewardArguments(), dataclasses.replace(oracle, judge_pass_mark=0.9))
+    assert (judged.pass_mark, strict.pass_mark) == (0.5, 0.9)
+    judged = build_reasoning(setup, StepRewardArguments(step_coherence=True), oracle)
     assert judged.coherence_judge.rubric == "reasoning_coherence"
     with pytest.raises(ConfigError, match="step_coherence is set, but judge_name is not"):
-        build_reasoning(setup, REASONER, StepRewardArguments(step_coherence=True), JudgeArguments())
+        build_reasoning(setup, StepRewardArguments(step_coherence=True), JudgeArguments())
 
 
 def test_baselines_see_as_much_as_a_chain():
     setup = build_step_setup(REASONER, TINY, DATA)
     judge = ScriptedJudge([])
+    reasoning = ReasoningAssembly(setup, answer_judge=judge, pass_mark=0.8)
     model = SimpleNamespace(model_name_or_path="${tiny}/reader", model_revision=None)
-    found = build_baselines(setup, REASONER, model, answer_judge=judge)
+    found = build_baselines(reasoning, REASONER, model)
     assert list(found) == ["one_shot", "no_retrieval"]
     one, none = found.values()
     assert (one.retriever, one.top_k, one.prompt) == (setup.retriever, 3 * 4, "tiny_answer")
     assert (none.retriever, none.prompt) == (None, "tiny_closed_book")
     for assembly in (one, none):
-        assert (assembly.max_new_tokens, assembly.answer_marker, assembly.answer_judge) == (16, "Answer:", judge)
+        assert (assembly.max_new_tokens, assembly.answer_marker) == (16, "Answer:")
+        assert (assembly.answer_judge, assembly.pass_mark) == (judge, 0.8)
         assert (assembly.generator, assembly.max_prompt_tokens) == (None, 2048 - 16)
         assert assembly.count_tokens([[{"role": "user", "content": "Who?"}]])[0] > 1
     fewer = dataclasses.replace(REASONER, reasoner_baseline_top_k=6, reasoner_baselines=["one_shot"])
-    (six,) = build_baselines(setup, fewer, model).values()
+    (six,) = build_baselines(ReasoningAssembly(setup), fewer, model).values()
     assert (six.top_k, six.answer_judge) == (6, None)
     # A chain of one step sees nothing; a search of it is still what can be compared.
     (three,) = build_baselines(
-        dataclasses.replace(setup, max_steps=1), dataclasses.replace(REASONER, reasoner_baselines=["one_shot"]), model
+        ReasoningAssembly(dataclasses.replace(setup, max_steps=1)),
+        dataclasses.replace(REASONER, reasoner_baselines=["one_shot"]),
+        model,
     ).values()
     assert three.top_k == 3
-    assert build_baselines(setup, dataclasses.replace(REASONER, reasoner_baselines=[]), model) == {}
+    assert build_baselines(reasoning, dataclasses.replace(REASONER, reasoner_baselines=[]), model) == {}
 
 
 def test_baselines_of_another_model():
-    setup = build_step_setup(REASONER, TINY, DATA)
+    reasoning = ReasoningAssembly(build_step_setup(REASONER, TINY, DATA))
     model = SimpleNamespace(model_name_or_path=str(FOLDER / "reader"), model_revision=None)
     args = dataclasses.replace(REASONER, reasoner_baseline_model="${tiny}/reader")
-    found = build_baselines(setup, args, model)
+    found = build_baselines(reasoning, args, model)
     assert list(found) == ["one_shot", "no_retrieval", "one_shot_other_model", "no_retrieval_other_model"]
     trainer = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
     asking = found["one_shot_other_model"].under_training(trainer, batch_size=2)
     ((answered,),) = asking.answer([Question("q", "Where does Ulradric live?", ("x",))])
     assert len(answered.asked.shown) == 12
     with pytest.raises(ConfigError, match="reasoner_baseline_model 'no/such/model' cannot be loaded"):
-        build_baselines(setup, dataclasses.replace(args, reasoner_baseline_model="no/such/model"), model)
+        build_baselines(reasoning, dataclasses.replace(args, reasoner_baseline_model="no/such/model"), model)
     with pytest.raises(ConfigError, match="no_such_prompt"):
-        build_baselines(setup, dataclasses.replace(args, reasoner_baseline_prompt="no_such_prompt"), model)
+        build_baselines(reasoning, dataclasses.replace(args, reasoner_baseline_prompt="no_such_prompt"), model)

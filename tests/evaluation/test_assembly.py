@@ -269,6 +269,18 @@ def test_samples_keep_their_verdicts(prompt, retriever):
     assert [[one.verdict.score for one in samples] for samples in drawn] == [[0.0, 1.0], [1.0, 0.5]]
 
 
+def test_the_mark_from_which_on_an_answer_is_right(prompt, retriever):
+    assembly = Assembly(
+        retriever=retriever,
+        prompt=prompt,
+        generator=ScriptedGenerator(["Answer: Orl", "Answer: Galton"]),
+        answer_judge=ScriptedJudge({"Orl": 0.7, "Galton": 0.8}),
+        pass_mark=0.8,
+    )
+    rows = [assembly.row(one) for (one,) in assembly.answer([QUESTION, QUESTION])]
+    assert [row["scores"]["judge_accuracy"] for row in rows] == [0.0, 1.0]
+
+
 # ---- a model that is not trained
 
 

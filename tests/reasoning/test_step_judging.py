@@ -227,6 +227,14 @@ def test_a_scorer_judges_and_rewards():
     asyncio.run(in_a_notebook())
 
 
+@pytest.mark.parametrize(("pass_mark", "state"), [(0.5, "correct"), (0.7, "correct"), (0.8, "incorrect")])
+def test_the_mark_from_which_on_an_answer_is_right(pass_mark, state):
+    played = chain("one?:d1", "=Abe", state="incorrect")
+    rule = step_reward_rule("outcome_only")
+    StepScorer(rule, answer_judge=ScriptedJudge({"Abe": 0.7}), pass_mark=pass_mark).score([played])
+    assert played.state == state
+
+
 def test_a_scorer_without_a_judge_gains_gold():
     played = chain("one?:d1", "=Mir", state="correct")
     scorer = StepScorer(step_reward_rule("gold_gain"))

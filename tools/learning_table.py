@@ -2,12 +2,14 @@
 
     python tools/learning_table.py grpo_generator --seeds 1 2 3
     python tools/learning_table.py grpo_retriever --seeds 1 2 3
-    python tools/learning_table.py sft_reasoner --seeds 1 2 3    (then ppo_reasoner, grpo_reasoner)
+    python tools/learning_table.py sft_reasoner --seeds 1 2 3
+    python tools/learning_table.py ppo_reasoner --seeds 1 2 3     (after grpo_generator and sft_reasoner)
+    python tools/learning_table.py grpo_reasoner --seeds 1 2 3    (the same)
 
 Runs the tiny config exactly as shipped, once a seed, then with a constant reward. For the generator the first seed's
 trained model is asked again with a shuffled index and without any passage; for the retriever the config without
-history and the REPLUG baseline are run as well; the reasoner is also trained from the cold start of the same seed.
-Finished runs are not run again. Prints rows for a table.
+history and the REPLUG baseline are run as well; the reasoner is also trained from the cold start of the same seed,
+and measured against a trained generator. Finished runs are not run again. Prints rows for a table.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "grpo_reasoner": ("em", "f1", "format", "searches"),
 }
 SHORT = ("--max_steps", "30")
-FROM_SFT = ("--model_name_or_path", "{out}/sft_reasoner-seed{seed}")
+# One question, asked once, of a generator that was trained to answer so: a chain has to beat it as well.
+ONE_SHOT = ("--reasoner_baseline_model", "{out}/grpo_generator-seed{seed}")
+THREE = ("--reasoner_baseline_top_k", "3")
 # What is run once a seed, after the tiny config itself: name and flags.
 FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     "grpo_generator": {"constant reward": ("--reward_names", "constant", "--reward_weights", "1.0", *SHORT)},
@@ -40,9 +44,17 @@ FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "REPLUG": ("--objective", "replug", "--num_generations", "2", "--per_device_train_batch_size", "16", *SHORT),
         "constant reward": ("--reader_reward", "constant", *SHORT),
     },
-    "sft_reasoner": {},
-    "ppo_reasoner": {"from SFT": FROM_SFT, "constant reward": ("--step_reward", "constant")},
-    "grpo_reasoner": {"from SFT": FROM_SFT, "constant reward": ("--step_reward", "constant", *SHORT)},
+    # A chain of grpo_reasoner is one conversation, and so is its cold start.
+    "sft_reasoner": {"as a conversation": ("--reasoner_layout", "chat")},
+    "ppo_reasoner": {
+        "from SFT": (*ONE_SHOT, "--model_name_or_path", "{out}/sft_reasoner-seed{seed}"),
+        # The tiny reader was taught on three passages: its best chance, though a chain sees more.
+        "constant reward": ("--step_reward", "constant", "--max_steps", "8", *ONE_SHOT, *THREE),
+    },
+    "grpo_reasoner": {
+        "from SFT": (*ONE_SHOT, "--model_name_or_path", "{out}/sft_reasoner-as_a_conversation{seed}"),
+        "constant reward": ("--step_reward", "constant", "--max_steps", "8", *ONE_SHOT, *THREE),
+    },
 }
 
 
@@ -104,15 +116,19 @@ def main() -> None:
     args = parser.parse_args()
     metrics = METRICS[args.recipe]
     kinds: dict[str, tuple[str, ...]] = {"seed": (), **FURTHER[args.recipe]}
-    lines = []
+    lines, baselines = [], []
     for kind, flags in kinds.items():
         for seed in args.seeds if not args.only or kind in args.only else []:
             folder = args.out / f"{args.recipe}-{kind.replace(' ', '_').lower()}{seed}"
             filled = [flag.format(out=args.out, seed=seed) for flag in flags]
             summary = run(args.recipe, folder, "--seed", str(seed), *filled)
             lines.append(row(f"{kind} {seed}", summary, metrics))
+            baselines += [
+                f"{kind} {seed}, {name}: " + "  ".join(f"{m} {found[m]:.3f}" for m in metrics if m in found)
+                for name, found in summary.get("baselines", {}).items()
+            ]
     print(f"| run | {' | '.join(metrics)} | n | train s |\n|{'---|' * (len(metrics) + 3)}")
-    print("\n".join(lines))
+    print("\n".join(lines + baselines))
     if args.recipe == "grpo_generator":
         for name, found in controls(args.out / f"grpo_generator-seed{args.seeds[0]}").items():
             print(f"{name}: " + "  ".join(f"{metric} {found[metric]:.3f}" for metric in metrics))

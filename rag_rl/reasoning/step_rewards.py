@@ -131,15 +131,20 @@ STEP_REWARD_RULES: Mapping[str, StepRewardRule] = {
         weights={"reasoning_coherence": 0.3, "query_rationality": 0.3, "document_relevance": 0.4}
     ),
     "gold_gain": StepRewardRule(weights={GOLD_GAIN: 1.0}),
-    "constant": StepRewardRule(weights={}, scale={}, final={}),
+    "constant": StepRewardRule(
+        weights={},
+        scale={},
+        base={"correct": 1.0, "incorrect": 1.0, "fail": 1.0, "invalid": 1.0},
+        final={"correct": 1.0, "incorrect": 1.0, "invalid": 1.0},
+    ),
 }
 """The rules that come with the package: the paper's, its two ablations, and ours.
 
 ``outcome_only``: every step of a correct chain earns 2.0. ``process_only``: the score itself, nothing for the answer.
 ``return_to_go``: each step earns its own reward of the paper and those of all later steps. ``coherence``: the score is
 0.3 of the analysis' coherence, 0.3 of the query's rationality and 0.4 of the documents' relevance. ``gold_gain``: the
-share of the gold documents that the step was the first to find, without a judge. ``constant``: 0 for every step, so
-that no chain earns more than another: a control experiment, from which nothing can be learnt.
+share of the gold documents that the step was the first to find, without a judge. ``constant``: 1.0 for every step,
+however its chain ends: a control experiment, from which nothing can be learnt.
 """
 
 

@@ -2,8 +2,8 @@
 
 The language model is trained in three stages: *base* (it reads well), *rivals* (also where names are alike in either
 part, as those that a retriever brings) and *habits* (the same model, given the bad habits of ``lessons.Habits``); the
-last one is packaged. The encoder is trained apart. Every stage writes a record (steps,
-seconds, scores on the held-out world) beside its weights.
+last one is packaged. The encoder is trained apart, twice: as it is, and stopped early. Every stage writes a record
+(steps, seconds, scores on the held-out world) beside its weights.
 
 The recipe for the base follows what was seen to work for transformers of this size: short convolutions between the
 attention layers, copy drills in every second batch at first, contexts of one, then two, then three passages, several
@@ -38,7 +38,9 @@ HABIT_SHARES = SHARES | {"reasoning": 3.0, "chain": 3.0}
 PACKAGED_HABITS = Habits(hasty=0.42, wordy=0.7, unsearched=0.2, sloppy=0.85)
 BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 48, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 1_000
-STAGES = ("encoder", "base", "rivals", "habits")
+# The encoder stopped early: the start of recipes whose teacher must know better than their retriever.
+YOUNG_STEPS = 100
+STAGES = ("encoder", "young_encoder", "base", "rivals", "habits")
 Row = tuple[list[int], list[float]]
 
 
@@ -408,6 +410,8 @@ def main() -> None:
     args = parser.parse_args()
     if "encoder" in args.only:
         make_encoder(args.out / "encoder", seed=args.seed)
+    if "young_encoder" in args.only:
+        make_encoder(args.out / "encoder_young", steps=YOUNG_STEPS, seed=args.seed)
     if "base" in args.only:
         make_language_model("base", args.base, start=None, steps=args.base_steps, rate=2.5e-3, seed=args.seed)
     rivals = args.base / "rivals"

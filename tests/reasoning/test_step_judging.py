@@ -245,6 +245,6 @@ def test_a_scorer_without_a_judge_gains_gold():
 
 
 @pytest.mark.parametrize("state", ["correct", "incorrect", "invalid"])
-def test_the_control_rewards_nothing(state):
+def test_the_control_rewards_everything_alike(state):
     played = chain("one?:d1", "" if state == "invalid" else "=Mir", state=state)
-    assert StepScorer(step_reward_rule("constant")).rewards(played) == [0.0, 0.0]
+    assert StepScorer(step_reward_rule("constant")).rewards(played) == [1.0, 1.0]

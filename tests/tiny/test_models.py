@@ -13,7 +13,7 @@ import yaml
 from rag_rl.tiny import FOLDER
 from rag_rl.tiny.lessons import NO_HABITS
 
-READER, ENCODER = FOLDER / "reader", FOLDER / "encoder"
+READER, ENCODER, YOUNG = FOLDER / "reader", FOLDER / "encoder", FOLDER / "encoder_young"
 KNOWN = {".py", ".json", ".jsonl", ".jinja", ".md", ".safetensors"}
 
 
@@ -37,7 +37,7 @@ def encoder() -> Any:
 
 def test_weights_are_small_in_all():
     weights = [p for p in packaged() if p.suffix == ".safetensors"]
-    assert {p.parent for p in weights} >= {READER, ENCODER}
+    assert {p.parent for p in weights} == {READER, ENCODER, YOUNG}
     assert sum(p.stat().st_size for p in weights) < 12_000_000
 
 
@@ -91,7 +91,7 @@ def test_the_encoder_opens_and_finds(encoder, tokenizer):
     assert 0.7 < sum(found) / len(found) < 0.99
 
 
-@pytest.mark.parametrize("folder", [READER, ENCODER], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [READER, ENCODER, YOUNG], ids=lambda folder: folder.name)
 def test_model_cards(folder):
     text = (folder / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
@@ -105,6 +105,18 @@ def test_model_cards(folder):
     assert "`make tiny-models`" in body
     assert "Scores: see record.json" in body.splitlines()
     assert (folder / "record.json").is_file()
+
+
+def test_the_young_encoder_is_the_other_one_at_an_earlier_step():
+    from rag_rl.tiny.make import YOUNG_STEPS
+
+    young, grown = (json.loads((folder / "record.json").read_text(encoding="utf-8")) for folder in (YOUNG, ENCODER))
+    assert young["steps"] == YOUNG_STEPS < grown["steps"]
+    timed = {"seconds": None}
+    for early, same in zip(young["curve"], grown["curve"], strict=False):
+        assert early | timed == pytest.approx(same | timed)
+    card = (YOUNG / "README.md").read_text(encoding="utf-8")
+    assert f"stopped after {YOUNG_STEPS} of its {grown['steps']} steps" in card
 
 
 def test_the_readers_card_states_its_habits():

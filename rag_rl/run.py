@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -393,7 +393,7 @@ def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[s
     settings = resolved(instances)
     resume = _truth(training.resume_from_checkpoint)
     # Every process looks before any process writes.
-    checkpoint = open_folder(folder, {"recipe": recipe, **settings}, resume=resume)
+    checkpoint = open_folder(folder, {"recipe": recipe, **settings}, resume=resume, defaults=_defaults(arguments))
     training.resume_from_checkpoint = checkpoint
     with main_process_only() as main:
         if main:
@@ -461,6 +461,17 @@ def report_index(retriever: Any, questions: Sequence[Question], *, top_k: int, s
             for name, value in found.items():
                 shown = f"{value:.3f}" if isinstance(value, float) and name != "seconds" else value
                 print(f"{name:14}{shown}")  # noqa: T201
+    return found
+
+
+def _defaults(arguments: Iterable[type[Any]]) -> dict[str, Any]:
+    """Default of every setting that has one."""
+    found: dict[str, Any] = {}
+    for field in (field for kind in arguments for field in fields(kind)):
+        if field.default is not MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            found[field.name] = field.default_factory()
     return found
 
 
@@ -558,13 +569,16 @@ def write_whole(path: Path, text: str) -> None:
         half.unlink(missing_ok=True)
 
 
-def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str | None:
+def open_folder(
+    folder: Path, settings: dict[str, Any], *, resume: bool, defaults: Mapping[str, Any] | None = None
+) -> str | None:
     """Decides what may be done with an output folder.
 
     Args:
         folder: the run folder, which may not exist.
         settings: recipe and settings of this run.
         resume: whether an unfinished run shall go on.
+        defaults: what a setting was that the folder does not name yet, since it came with a later version.
 
     Returns:
         Path of the checkpoint to go on from, or None for the beginning.
@@ -586,7 +600,8 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool) -> str 
         return None  # stopped before anything was measured, for instance by bad data: nothing would be lost
     before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
     before = {key: value for key, value in before.items() if key not in ("config", "made_with")}
-    changed = config_difference(before, settings, ignore=RUNTIME_KEYS)
+    new = {key: value for key, value in (defaults or {}).items() if key in settings and key not in before}
+    changed = config_difference({**before, **new}, settings, ignore=RUNTIME_KEYS)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise RunFolderError(

@@ -166,6 +166,14 @@ def test_what_does_not_change_a_run(tmp_path):
     assert open_folder(folder, SETTINGS, resume=True) is None
 
 
+def test_a_setting_of_a_later_version_does_not_change_a_run_while_it_has_its_default(tmp_path):
+    folder = make_run(tmp_path / "run")
+    defaults = {"depth": 20, "secret_token": None, "learning_rate": 7.0}
+    assert open_folder(folder, {**SETTINGS, "depth": 20}, resume=True, defaults=defaults) is None
+    with pytest.raises(RunFolderError, match=r"another run \(depth: 20 -> 30\)"):
+        open_folder(folder, {**SETTINGS, "depth": 30}, resume=True, defaults=defaults)
+
+
 def test_what_of_a_judge_may_change(tmp_path):
     judge = JudgeArguments(judge_name="openai", judge_model="m")
     settings = {**SETTINGS, **dataclasses.asdict(judge)}

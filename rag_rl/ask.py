@@ -1,4 +1,4 @@
-"""Answers from a finished run: the assembly that was trained, opened from its folder.
+"""Answers from a finished run, opened from its folder, or from an assembly of finished parts, named in a file.
 
 Example:
     ::
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 
@@ -32,6 +32,7 @@ from rag_rl.types import Hit, Question
 
 if TYPE_CHECKING:
     from rag_rl.evaluation import Answered, Assembly, ReasoningAssembly
+    from rag_rl.evaluation.measuring import SearchOnly
 
 T = TypeVar("T")
 NEEDS_GOLD = frozenset({"em", "f1", "contains_em", "citation", "judged", "constant"})
@@ -42,7 +43,7 @@ class Reply:
     """What came back to one question.
 
     Attributes:
-        answer: the answer, None where the model gave none.
+        answer: the answer, None where the model gave none, or where nobody answers.
         text: everything that the model wrote; of a reasoner its steps, without the documents between them.
         hits: the passages that it read, in that order, with the retriever's scores.
         scores: rewards of this answer that need no gold answer, and ``agreement``, the share of candidates with the
@@ -56,17 +57,17 @@ class Reply:
 
 
 class Answerer:
-    """A finished run, ready to answer.
+    """An assembly, ready to answer.
 
     Args:
-        assembly: with the trained generator or reasoner.
+        assembly: with a generator or a reasoner, or one that only searches.
         judge: named values of the rewards that need no gold answer, for columns of completions.
         weights: weight of each of these rewards.
     """
 
     def __init__(
         self,
-        assembly: Assembly | ReasoningAssembly,
+        assembly: Assembly | ReasoningAssembly | SearchOnly,
         judge: Callable[..., Mapping[str, Any]] | None,
         weights: Mapping[str, float],
     ) -> None:
@@ -87,7 +88,7 @@ class Answerer:
             Answer, text, passages and scores.
 
         Raises:
-            ConfigError: the question is empty, or ``best_of`` below 1.
+            ConfigError: the question is empty, ``best_of`` below 1, or above it where nobody answers.
             BackendError: the generator gave no answer.
         """
         if not question.strip():
@@ -97,8 +98,10 @@ class Answerer:
         asked = [Question("asked", question.strip(), ("",))]
         if best_of == 1:
             drawn = self.assembly.answer(asked)[0]
+        elif not hasattr(self.assembly, "generator"):
+            raise ConfigError("best_of chooses among answers, and this assembly only searches")
         else:
-            drawn = self.assembly.answer(asked, temperature=1.0, n=best_of, seed=seed)[0]
+            drawn = cast("Assembly", self.assembly).answer(asked, temperature=1.0, n=best_of, seed=seed)[0]
         candidates = [one for one in drawn if one.failure is None]
         if not candidates:
             raise BackendError(str(drawn[0].failure))
@@ -158,6 +161,26 @@ def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -
     return Answerer(
         _open_generator(folder, settings, device), *_gold_free_rewards(settings, _fill(GeneratorArguments, settings))
     )
+
+
+def open_assembly(config: str | Path, *, argv: Sequence[str] = ()) -> Answerer:
+    """Opens an assembly of finished parts, as ``recipes/evaluate_rag.py`` evaluates it.
+
+    Args:
+        config: path of a YAML file, or in a source checkout the name of a config of ``evaluate_rag``.
+        argv: further flags, for example ``["--retriever_top_k", "10"]``.
+
+    Returns:
+        Something to ask.
+
+    Raises:
+        ConfigError: a key, a type, a value or a file is wrong, or parts that do not go together.
+        RunFolderError: the folder of a part holds no finished run of such a part.
+        DataError: a model or the corpus is missing or bad.
+    """
+    from rag_rl.config.assemblies import open_assembly as build
+
+    return Answerer(cast("Any", build(config, argv=argv)), None, {})
 
 
 def _open_reasoner(folder: Path, settings: Mapping[str, Any], device: str | None) -> ReasoningAssembly:

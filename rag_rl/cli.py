@@ -1,4 +1,4 @@
-"""The command ``rag-rl``: look at runs, ask them, and see what this machine can do.
+"""The command ``rag-rl``: look at runs, ask them, serve retrievers, and see what this machine can do.
 
 Everything heavy is imported inside the command that needs it, so that ``rag-rl --help`` is quick.
 """
@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 from rag_rl.config.parsing import one_line_errors
-from rag_rl.errors import BackendError, RunFolderError
+from rag_rl.errors import BackendError, ConfigError, RunFolderError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,13 +39,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Look at runs, ask them, see what this machine can do."
+    description = "Look at runs, ask them, serve retrievers, see what this machine can do."
     parser = argparse.ArgumentParser(prog="rag-rl", description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     ask = commands.add_parser("ask", help="answer a question with a finished run", allow_abbrev=False)
-    ask.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="folder of a finished run of a generator or a reasoner"
+    source = ask.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--run", type=Path, metavar="DIR", help="folder of a finished run of a generator or a reasoner"
+    )
+    source.add_argument(
+        "--config", metavar="FILE", help="YAML file of an assembly, as recipes/evaluate_rag.py takes it"
     )
     ask.add_argument("--best_of", type=int, default=1, metavar="N", help="draw N answers and choose the best")
     ask.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
@@ -52,20 +57,180 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question", help="in quotes")
     ask.set_defaults(command=_ask)
 
+    _add_compare(commands)
+
     show = commands.add_parser("show", help="print the before/after table of a finished run", allow_abbrev=False)
     show.add_argument("run", type=Path, metavar="DIR", help="run folder")
     show.set_defaults(command=_show)
+
+    _add_serve(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, which devices there are, what each config needs")
     doctor.set_defaults(command=_doctor)
     return parser
 
 
+SERVE_HELP = """\
+Serve a retriever over HTTP, so that it is opened once and searched by all processes of a training.
+
+  rag-rl serve --index indexes/wiki                    an index folder of recipes/build_index.py
+  rag-rl serve --config recipes/configs/R/C.yaml       what a recipe's config names (built first where it is missing)
+  rag-rl serve --run runs/grpo_retriever-tiny-seed0    what a finished run used; a retriever that it trained as well
+
+GET /health is green (200) when the retriever is open and answers its probe query. POST /search takes our queries,
+POST /retrieve those of Search-R1. A recipe uses it by --retriever_name http --retriever_url http://HOST:PORT.
+SIGTERM ends it after the last reply. docs/serving.md has the rest."""
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a retriever over HTTP",
+        description=SERVE_HELP,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = serve.add_argument_group("what is served (one of them)").add_mutually_exclusive_group(required=True)
+    what.add_argument("--index", type=Path, metavar="DIR", help="index folder; its manifest names the encoder")
+    what.add_argument("--config", type=Path, metavar="FILE", help="YAML file with retriever_ and data_ settings")
+    what.add_argument("--run", type=Path, metavar="DIR", help="folder of a finished run")
+    how = serve.add_argument_group("how it is opened")
+    how.add_argument("--encoder", metavar="MODEL", help="with --index: where the encoder lies now")
+    how.add_argument("--chroma_url", metavar="URL", help="with --index: where the Chroma server is now")
+    how.add_argument("--devices", nargs="+", default=[], metavar="D", help="devices of the encoder, e.g. cuda:0")
+    where = serve.add_argument_group("where it listens, and to whom")
+    where.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only")
+    where.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 takes a free one and tells it")
+    where.add_argument(
+        "--token_env",
+        default="RAG_RL_RETRIEVER_TOKEN",
+        metavar="NAME",
+        help="environment variable with the bearer token that clients must bring (default: %(default)s); "
+        "where it is not set, none is asked for",
+    )
+    where.add_argument(
+        "--token_file", type=Path, metavar="FILE", help="file with that token, in place of the variable"
+    )
+    limits = serve.add_argument_group("limits; what goes beyond is refused (413, 422, or 503 where it is full)")
+    for name, default, text in (
+        ("top_k", None, "hits a query where a request does not say (default: retriever_top_k, with --index 3)"),
+        ("max_top_k", 100, "hits a query"),
+        ("max_queries", 1024, "queries a request"),
+        ("max_query_chars", 32_768, "characters a query, its history included"),
+        ("max_exclude", 1000, "excluded document ids a query"),
+        ("max_body_bytes", 8 << 20, "bytes a request"),
+        ("max_requests", 256, "requests that are read, searched or waiting; the next is told to come back"),
+    ):
+        told = text if default is None else f"{text} (default: {default})"
+        limits.add_argument(f"--{name}", type=int, default=default, metavar="N", help=told)
+    serve.set_defaults(command=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    import logging
+    from functools import partial
+
+    if args.index is None and (args.encoder or args.chroma_url):
+        raise ConfigError("--encoder and --chroma_url go with --index: a config or a run has settings of its own")
+    logging.basicConfig(level=logging.WARNING, format="rag-rl serve: %(message)s")
+    logging.getLogger("rag_rl").setLevel(logging.INFO)
+    from rag_rl import server
+
+    names = ("max_top_k", "max_queries", "max_query_chars", "max_exclude", "max_body_bytes", "max_requests")
+    limits = server.Limits(**{name: getattr(args, name) for name in names})
+    token = server.read_token(args.token_env, args.token_file)
+    if args.index is not None:
+        from rag_rl.retrieval.manifest import read_manifest
+
+        read_manifest(args.index)  # so that a folder that is no index is an error at once
+        default_top_k = 3
+        opened = partial(
+            server.open_folder, args.index, encoder=args.encoder, chroma_url=args.chroma_url, devices=args.devices
+        )
+    else:
+        if args.run is not None:
+            from rag_rl.ask import read_settings
+
+            settings = read_settings(args.run)
+        else:
+            settings = server.read_config(args.config)
+        default_top_k = min(settings.get("retriever_top_k", 3), limits.max_top_k)
+        opened = partial(server.open_settings, settings, devices=args.devices, run=args.run)
+    search = server.SearchThread(opened)
+    top_k = default_top_k if args.top_k is None else args.top_k
+    service = server.Service(search, limits=limits, token=token, top_k=top_k)
+    sock = server.bind(args.host, args.port)
+    if token is None and not server.is_loopback(args.host):
+        logging.getLogger("rag_rl").warning("no token is set: whoever can reach %s can search", args.host)
+    server.serve(service, sock)
+
+
+COMPARE_HELP = """\
+Compare runs question by question: one table here, and one HTML page that needs nothing else.
+
+  rag-rl compare runs/grpo_generator-tiny-seed42              before and after a training
+  rag-rl compare runs/evaluate_rag-tiny                       an evaluation and its baselines
+  rag-rl compare start=runs/a trained=runs/b                  two of them, by names of your own
+  rag-rl compare runs/a:after runs/b:after runs/c:baseline_bm25
+
+A RUN is a folder of a training or of recipes/evaluate_rag.py; :SIDE takes one side of it (before, after, assembly or
+baseline_NAME). Of a single RUN the baselines are shown as well. All runs must be about the same questions."""
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare finished runs, in a table and as a page",
+        description=COMPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    compare.add_argument("runs", nargs="+", metavar="[NAME=]RUN[:SIDE]", help="run folders, the measure first")
+    compare.add_argument(
+        "--against",
+        choices=["first", "previous"],
+        default="first",
+        help="what each is measured by (default: first); previous, where part after part was added",
+    )
+    compare.add_argument(
+        "--common", action="store_true", help="leave out questions that not all have, in place of an error"
+    )
+    compare.add_argument("--metric", help="what right and wrong are told by (default: em, or what is closest to it)")
+    compare.add_argument(
+        "--output", type=Path, default=Path("comparison.html"), metavar="FILE", help="page (default: comparison.html)"
+    )
+    compare.add_argument("--title", default="", help="of the page")
+    compare.add_argument(
+        "--examples", type=int, default=20, metavar="N", help="flipped questions on the page, a pair (default: 20)"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    compare.set_defaults(command=_compare)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    import shlex
+
+    from rag_rl.evaluation.comparison import compare, comparison_summary, comparison_table, open_sides
+    from rag_rl.evaluation.comparison_page import write_comparison
+
+    alone = len(args.runs) == 1
+    sides = [side for run in args.runs for side in open_sides(run, baselines=alone)]
+    found = compare(sides, against=args.against, common=args.common, main=args.metric)
+    command = shlex.join(["rag-rl", "compare", *args.runs])
+    page = write_comparison(args.output, found, title=args.title, n_examples=args.examples, command=command)
+    if args.json:
+        print(json.dumps({**comparison_summary(found), "page": str(page)}, indent=2, ensure_ascii=False))
+        return
+    print(comparison_table(found))
+    print(f"page    {page}")
+
+
 def _ask(args: argparse.Namespace) -> None:
-    from rag_rl.ask import open_run
+    from rag_rl.ask import open_assembly, open_run
 
     _quiet()
-    reply = open_run(args.run).ask(args.question, best_of=args.best_of, seed=args.seed)
+    rag = open_run(args.run) if args.config is None else open_assembly(args.config)
+    reply = rag.ask(args.question, best_of=args.best_of, seed=args.seed)
     if args.json:
         passages = [
             {"doc_id": h.passage.doc_id, "title": h.passage.title, "text": h.passage.text, "score": h.score}
@@ -89,13 +254,21 @@ def _show(args: argparse.Namespace) -> None:
     path = args.run / "metrics.json"
     if not path.is_file():
         raise RunFolderError(f"{args.run} holds no finished run (there is no metrics.json in it)")
-    print(results_table(json.loads(path.read_text(encoding="utf-8")), args.run))
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if "after" in summary:
+        print(results_table(summary, args.run))
+        return
+    from rag_rl.evaluation.comparison import compare, comparison_table, open_sides
+
+    print(comparison_table(compare(open_sides(str(args.run), baselines=True))))
+    print(f"report  {args.run / 'report.html'}")
 
 
 PACKAGES = {
     "torch": "", "transformers": "", "trl": "", "peft": "", "accelerate": "", "datasets": "",
     "sentence-transformers": "", "chromadb": "", "bitsandbytes": "", "openai": "",
     "faiss": "pip install 'rag-rl[cpu]' or [gpu]",
+    "bm25s": "pip install 'rag-rl[bm25]' (a baseline of evaluate_rag)",
     "deepspeed": "pip install 'rag-rl[gpu]' (ZeRO configs)", "vllm": "pip install 'rag-rl[gpu]' (use_vllm)",
 }  # fmt: skip
 

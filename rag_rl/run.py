@@ -59,7 +59,8 @@ RUNTIME_KEYS = frozenset(
         "judge_max_calls", "judge_max_usd", "judge_cache", "judge_log",
         "judge_usd_per_million_prompt_tokens", "judge_usd_per_million_completion_tokens", "synthesis_base_url",
         "synthesis_api_key_env", "synthesis_concurrency", "synthesis_timeout_s", "synthesis_max_retries",
-        "rollout_batch_size", "local_rollout_forward_batch_size",
+        "rollout_batch_size", "local_rollout_forward_batch_size", "retriever_url", "retriever_token_env",
+        "retriever_timeout_s", "retriever_wait_s",
     }
 )  # fmt: skip
 # What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.
@@ -480,7 +481,7 @@ def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
 
     Args:
         folder: the run folder.
-        settings: of the run; the generator, the baselines of a reasoner and the judge have prompts.
+        settings: of the run; generator, augmenter, the baselines of a reasoner and the judge have prompts.
 
     Raises:
         ConfigError: there is no such prompt or rubric.
@@ -491,6 +492,7 @@ def keep_prompts(folder: Path, settings: dict[str, Any]) -> None:
     kept = {}
     asked = {
         "generator_prompt": True,
+        "augmenter_prompt": True,
         "reasoner_baseline_prompt": "one_shot" in settings.get("reasoner_baselines", ()),
         "reasoner_baseline_closed_prompt": "no_retrieval" in settings.get("reasoner_baselines", ()),
     }

@@ -34,7 +34,10 @@ def main() -> None:
     # 2. Data: rows from files, or mined with the retriever; held-out ones are ranked whole
     rows, held_out = build_pairs(reranker_args, data_args, retriever_args, seed=run.seed)
     ranking = RerankingAssembly(
-        held_out, top_k=retriever_args.retriever_top_k, batch_size=reranker_args.reranker_batch_size
+        held_out,
+        top_k=retriever_args.retriever_top_k,
+        batch_size=reranker_args.reranker_batch_size,
+        retriever_weight=reranker_args.reranker_retriever_weight,
     )
 
     # 3. The cross-encoder, whole or with an adapter

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rag_rl.ask import Answerer, Reply, open_run, read_settings
+from rag_rl.ask import Answerer, Reply, open_assembly, open_run, read_settings
 from rag_rl.config.arguments import DataArguments, ReasonerArguments, RetrieverArguments
 from rag_rl.errors import BackendError, ConfigError, DataError, IndexDamagedError, RunFolderError
 from rag_rl.evaluation.assembly import Assembly
@@ -96,6 +96,55 @@ def test_best_by_agreement_where_no_reward_decides():
 def test_an_answer_beats_none():
     reply = scripted(["<think>hm", "<think>hm", "Answer: Mira"]).ask("Who?", best_of=3)
     assert reply.answer == "Mira"
+
+
+def test_best_of_n_by_an_oracle_is_pass_at_n(rag):
+    """Chosen by who knows the answer, the best of n is right exactly where one of the n is (pass@n)."""
+    from rag_rl.evaluation.sampling import pass_at_k
+    from rag_rl.metrics import exact_match
+    from rag_rl.text import extract_answer
+    from rag_rl.types import Question
+
+    gold = {row["question"]: row["answers"] for row in QUESTIONS}
+
+    def oracle(*, completions, question, **_):
+        answers = [extract_answer(text, marker=rag.assembly.answer_marker) for text in completions]
+        return {"oracle": [exact_match(a, gold[q]) for a, q in zip(answers, question, strict=True)]}
+
+    chooser = Answerer(rag.assembly, oracle, {"oracle": 1.0})
+    shares = []
+    for n in (2, 4):
+        drawn = [
+            rag.assembly.answer([Question("asked", row["question"], ("",))], temperature=1.0, n=n, seed=5)[0]
+            for row in QUESTIONS
+        ]
+        correct = [
+            [exact_match(one.answer, row["answers"]) == 1.0 for one in samples]
+            for row, samples in zip(QUESTIONS, drawn, strict=True)
+        ]
+        chosen = [chooser.ask(row["question"], best_of=n, seed=5).answer for row in QUESTIONS]
+        right = [exact_match(answer, row["answers"]) for answer, row in zip(chosen, QUESTIONS, strict=True)]
+        assert sum(right) / len(right) == pass_at_k(correct)
+        shares.append(pass_at_k(correct) - sum(samples[0] for samples in correct) / len(correct))
+    assert max(shares) > 0, "there was something to choose"
+
+
+# ---- an assembly of a file
+
+
+def test_an_assembly_of_a_file(finished_run, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "data_corpus: ${tiny}/data/corpus.jsonl\nretriever_encoder: ${tiny}/encoder\nretriever_top_k: 5\n"
+        f"generator_model: {finished_run}\n"
+    )
+    found = open_assembly(config)
+    reply = found.ask(QUESTIONS[0]["question"])
+    assert len(reply.hits) == 5
+    assert open_assembly(config, argv=["--retriever_top_k", "2"]).assembly.top_k == 2
+    assert set(found.ask(QUESTIONS[0]["question"], best_of=3).scores) == {"agreement"}
+    with pytest.raises(ConfigError, match="no such file"):
+        open_assembly(tmp_path / "none.yaml")
 
 
 # ---- a reasoner

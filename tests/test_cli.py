@@ -74,6 +74,35 @@ def test_ask_what_cannot_be_asked(finished_run, tmp_path, capsys):
     assert "holds an unfinished run" in refused(capsys, "ask", "--run", str(tmp_path), "Who?")
 
 
+def test_ask_an_assembly_of_a_file(finished_run, tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "data_corpus: ${tiny}/data/corpus.jsonl\nretriever_encoder: ${tiny}/encoder\nretriever_top_k: 3\n"
+        f"generator_model: {finished_run}\ndata_eval: ${{tiny}}/data/heldout_1hop.jsonl\n"
+    )
+    question = "What is the emblem of the guild of Falledric?"
+    cli.main(["ask", "--config", str(config), "--json", question])
+    found = json.loads(capsys.readouterr().out)
+    cli.main(["ask", "--run", str(finished_run), "--json", question])
+    same = json.loads(capsys.readouterr().out)
+    assert found["answer"] == same["answer"], "asked as it was trained"
+    assert {p["doc_id"] for p in found["passages"]} == {p["doc_id"] for p in same["passages"]}
+    config.write_text("retriver_top_k: 3\n")
+    line = refused(capsys, "ask", "--config", str(config), question)
+    assert "mine.yaml:1: unknown key retriver_top_k; the closest valid one is retriever_top_k" in line
+
+
+def test_ask_a_retriever_alone(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("data_corpus: ${tiny}/data/corpus.jsonl\nretriever_name: bm25\nretriever_top_k: 2\n")
+    cli.main(["ask", "--config", str(config), "Where does Falledric live?"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "answer:  (none)"
+    assert "heldout/Falledric" in lines[2]
+    line = refused(capsys, "ask", "--config", str(config), "--best_of", "2", "Where does Falledric live?")
+    assert "best_of chooses among answers, and this assembly only searches" in line
+
+
 def test_dead_backend_is_exit_code_one(monkeypatch, capsys):
     import rag_rl.ask
     from rag_rl.errors import BackendError
@@ -99,6 +128,57 @@ def test_show(finished_run, capsys):
 
 def test_show_without_a_run(tmp_path, capsys):
     assert "holds no finished run (there is no metrics.json in it)" in refused(capsys, "show", str(tmp_path))
+
+
+def test_show_an_evaluation(finished_run, tmp_path, capsys):
+    folder = tmp_path / "scored"
+    folder.mkdir()
+    shutil.copy(finished_run / "after.jsonl", folder / "rows.jsonl")
+    (folder / "resolved_config.yaml").write_text("recipe: evaluate_rag\n")
+    em = json.loads((finished_run / "metrics.json").read_text())["after"]["em"]
+    (folder / "metrics.json").write_text(json.dumps({"status": "complete", "metrics": {"em": em}, "n_eval": 20}))
+    cli.main(["show", str(folder)])
+    text = capsys.readouterr().out
+    assert f"{'  scored':24}{em:9.3f}" in text
+    assert "20 questions." in text
+    assert str(folder / "report.html") in text
+
+
+# ---- compare
+
+
+def test_compare(finished_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["compare", f"start={finished_run}:before", f"trained={finished_run}:after", "--title", "Mine"])
+    text = capsys.readouterr().out
+    found = json.loads((finished_run / "metrics.json").read_text())
+    low, high = found["ci95"]["em"]
+    change = found["after"]["em"] - found["before"]["em"]
+    assert f"{change:+9.3f}  [{low:+.3f}, {high:+.3f}]" in text
+    assert "trained against start: " in text
+    assert "page    comparison.html" in text
+    page = (tmp_path / "comparison.html").read_text()
+    assert "<h1>Mine</h1>" in page
+    assert "rag-rl compare start=" in page
+
+
+def test_compare_in_json(finished_run, tmp_path, capsys):
+    output = tmp_path / "page.html"
+    flags = ["--json", "--output", str(output), "--metric", "f1", "--against", "previous"]
+    cli.main(["compare", str(finished_run), *flags])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["main"], found["n_eval"], found["page"]) == ("f1", 20, str(output))
+    assert [side["what"] for side in found["sides"]] == ["before", "after"]
+    assert output.is_file()
+
+
+def test_compare_what_cannot_be_compared(finished_run, tmp_path, capsys):
+    assert "holds no run" in refused(capsys, "compare", str(tmp_path))
+    line = refused(capsys, "compare", str(finished_run), "--metric", "bleu", "--output", str(tmp_path / "x.html"))
+    assert "--metric bleu: not all sides have it" in line
+    line = refused(capsys, "compare", str(finished_run), "--output", str(tmp_path / "none" / "x.html"))
+    assert "its folder does not exist" in line
+    assert not (tmp_path / "x.html").exists()
 
 
 # ---- doctor
@@ -152,5 +232,5 @@ def test_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for name in ("ask", "show", "doctor"):
+    for name in ("ask", "compare", "show", "doctor"):
         assert name in done.stdout

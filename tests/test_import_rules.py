@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rag_rl"
 FLOOR = {"types", "errors", "text", "metrics", "prompts"}
 PARTS = {"data", "retrieval", "generation", "judges", "rewards", "reasoning"}
-TOP = {"ask", "evaluation", "config", "run", "cli"}
+TOP = {"ask", "evaluation", "config", "run", "server", "cli"}
 # unit -> the other units of rag_rl that it may import. A part that needs another is given it, typed by its protocol.
 ALLOWED: dict[str, set[str]] = {
     "types": set(),

@@ -1,13 +1,15 @@
-"""Cross-validation of a retriever config: every question is held out once, and the rankings are pooled.
+"""Cross-validation of a retriever's or a reranker's config: every question is held out once, rankings are pooled.
 
     python tools/cross_validation.py grpo_retriever --config minilm_scifact --folds 3 --seed 1 --baseline mnrl
+    python tools/cross_validation.py train_reranker --config minilm_scifact --folds 3 --only 0 1
 
 Runs the recipe once a fold, through its command line, into <out>/<config>/fold<i>. Finished folds are not run again,
 an interrupted one goes on. Flags that are not listed here go to the recipe.
 
 The baseline fine-tunes the same encoder with sentence-transformers' MultipleNegativesRankingLoss on (question, gold
 passage) pairs of the same folds. That trains both sides, so it embeds the corpus anew; then the same code scores it.
-It is for configs that search once (reader_name none).
+It is for configs of grpo_retriever that search once (reader_name none). What a reranker stands against is the order of
+its retriever.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from rag_rl.evaluation.scoring import Row, confidence_intervals, evaluate, mean_
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE_EPOCHS, BASELINE_BATCH, BASELINE_RATE = 2, 32, 2e-5
+# What a recipe trains, in the first column of the table.
+TRAINED = {"grpo_retriever": "GRPO", "train_reranker": "cross-encoder", "grpo_reranker": "reinforced cross-encoder"}
 T = TypeVar("T")
 
 
@@ -152,22 +156,30 @@ def table(before: Sequence[Row], after: Sequence[Row], name: str, seconds: str) 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("recipe", choices=["grpo_retriever"])
+    parser.add_argument("recipe", choices=TRAINED)
     parser.add_argument("--config", required=True)
     parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument(
+        "--only", type=int, nargs="+", help="only these folds, from 0; every question of them is held out"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--baseline", choices=["mnrl"])
     parser.add_argument("--baseline-folds", type=int, help="only so many folds of the baseline, the first ones")
     parser.add_argument("--baseline-bf16", action="store_true", help="train and embed the baseline in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("runs/folds"))
     args, flags = parser.parse_known_args()
-    folders = [args.out.resolve() / Path(args.config).stem / f"fold{number}" for number in range(args.folds)]
-    for number, folder in enumerate(folders):
+    if args.baseline and args.recipe != "grpo_retriever":
+        parser.error("--baseline mnrl fine-tunes a retriever: it goes with grpo_retriever")
+    numbers = args.only or range(args.folds)
+    # Two recipes may have a config of one name.
+    kind = Path(args.config).stem if args.recipe == "grpo_retriever" else f"{args.recipe}-{Path(args.config).stem}"
+    folders = [args.out.resolve() / kind / f"fold{number}" for number in numbers]
+    for number, folder in zip(numbers, folders, strict=True):
         fold = ("--data_folds", str(args.folds), "--data_fold", str(number), "--seed", str(args.seed))
         run_fold(args.recipe, folder, "--config", args.config, *fold, *flags)
     before, after = ([read_rows(folder / f"{when}.jsonl") for folder in folders] for when in ("before", "after"))
     seconds = [json.loads((folder / "metrics.json").read_text())["train_seconds"] for folder in folders]
-    sides = [("GRPO", before, after, f"{min(seconds):.0f} to {max(seconds):.0f}")]
+    sides = [(TRAINED[args.recipe], before, after, f"{min(seconds):.0f} to {max(seconds):.0f}")]
     if args.baseline:
         compared = folders[: args.baseline_folds]
         for folder in compared:
@@ -177,7 +189,7 @@ def main() -> None:
         rows = [read_rows(folder / "mnrl" / "after.jsonl") for folder in compared]
         sides.append(("MNRL", before[: len(compared)], rows, shown))
     new = new_documents(before)
-    print("| | metric | frozen | trained | difference | n | seconds a fold |\n|---|---|---|---|---|---|---|")
+    print("| | metric | before | trained | difference | n | seconds a fold |\n|---|---|---|---|---|---|---|")
     for name, old_folds, new_folds, spent in sides:
         old, trained = ([row for fold in folds for row in fold] for folds in (old_folds, new_folds))
         print("\n".join(table(old, trained, name, spent)))

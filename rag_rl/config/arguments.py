@@ -68,7 +68,11 @@ class RetrieverArguments:
     """Where passages come from."""
 
     retriever_name: str = field(
-        default="dense", metadata={"help": "dense, none (ask without passages), or package.module:attribute"}
+        default="dense",
+        metadata={
+            "help": "dense, http (servers started by rag-rl serve), none (ask without passages), or "
+            "package.module:attribute"
+        },
     )
     retriever_encoder: str = field(
         default="", metadata={"help": "sentence-transformers model: Hub id, folder, or python:package:function"}
@@ -80,6 +84,23 @@ class RetrieverArguments:
     )
     retriever_chroma_url: str | None = field(
         default=None, metadata={"help": "a Chroma server, as http://host:port; without it Chroma is embedded"}
+    )
+    retriever_url: list[str] = field(
+        default_factory=list,
+        metadata={"help": "http: the server, as http://host:port, or several that hold a part of the corpus each"},
+    )
+    retriever_fingerprint: list[str] = field(
+        default_factory=list,
+        metadata={"help": "http: fingerprint of the index that each server must serve; by default any"},
+    )
+    retriever_token_env: str = field(
+        default="RAG_RL_RETRIEVER_TOKEN",
+        metadata={"help": "http: environment variable with the bearer token, where the servers want one"},
+    )
+    retriever_timeout_s: float = field(default=60.0, metadata={"help": "http: patience for one request, in seconds"})
+    retriever_wait_s: float = field(
+        default=120.0,
+        metadata={"help": "http: how long a server may load, be restarted or be out of reach, in seconds"},
     )
     retriever_top_k: int = field(default=5, metadata={"help": "passages a question"})
     retriever_pooling: Literal["cls", "mean", "last"] | None = field(
@@ -109,6 +130,10 @@ class RetrieverArguments:
     def __post_init__(self) -> None:
         if self.retriever_top_k < 1:
             raise ConfigError(f"retriever_top_k must be at least 1, got {self.retriever_top_k}")
+        if self.retriever_name == "http" and not self.retriever_url:
+            raise ConfigError("retriever_name http needs retriever_url, as http://host:port")
+        if self.retriever_name in ("dense", "none") and self.retriever_url:
+            raise ConfigError(f"retriever_url needs retriever_name http, got {self.retriever_name}")
         if self.retriever_reranker and self.retriever_candidates < self.retriever_top_k:
             raise ConfigError(
                 f"retriever_candidates must be at least retriever_top_k ({self.retriever_top_k}), got "

@@ -699,6 +699,27 @@ def _storable(value: Any) -> Any:
     return f"{type(value).__module__}:{type(value).__qualname__}" if " at 0x" in text else text
 
 
+def read_known(path: Path, dataclasses_: Sequence[type[Any]]) -> dict[str, Any]:
+    """What a recipe's config says of some of its arguments, checked as the recipe would.
+
+    Args:
+        path: a YAML file; what belongs to other arguments is left out.
+        dataclasses_: the arguments.
+
+    Returns:
+        Settings by name, those that the file has.
+
+    Raises:
+        ConfigError: it cannot be read, or a value has the wrong type.
+    """
+    fields = _fields(dataclasses_)
+    return {
+        name: fields[name].accept(value, f"{_shown(path)}:{line}: {name}", text=False)
+        for name, (line, value) in _read_yaml(path).items()
+        if name in fields
+    }
+
+
 def resolved(instances: Iterable[Any]) -> dict[str, Any]:
     """Lists every setting of a run, fit for JSON and YAML.
 

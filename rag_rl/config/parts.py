@@ -281,9 +281,10 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
         ConfigError: an unknown name, or ``retriever_shuffled`` with a retriever that searches no vectors.
         DataError: the corpus is missing or has bad rows.
         RetrievalIndexError: the index does not fit or is damaged.
-        BackendError: the vector store does not answer.
+        BackendError: the vector store or the server does not answer.
     """
     from rag_rl.retrieval import ShuffledRetriever, build_index, open_index
+    from rag_rl.retrieval.http import HTTPRetriever
 
     retriever: Any
     match args.retriever_name:
@@ -302,10 +303,21 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
                         chroma_url=args.retriever_chroma_url,
                     )
             retriever = open_index(folder, encoder, chroma_url=args.retriever_chroma_url)
+        case "http":
+            retriever = HTTPRetriever(
+                args.retriever_url,
+                fingerprints=args.retriever_fingerprint,
+                token_env=args.retriever_token_env,
+                timeout_s=args.retriever_timeout_s,
+                wait_s=args.retriever_wait_s,
+            )
+            retriever.wait_until_ready()
         case name if ":" in name:
             retriever = import_attribute(name)(args, data)
         case name:
-            raise ConfigError(f"retriever_name must be dense, none or package.module:attribute, got {name!r}")
+            raise ConfigError(
+                f"retriever_name must be dense, none or package.module:attribute, got {name!r} (or http, for a server)"
+            )
     if args.retriever_reranker:
         from rag_rl.config.rerankers import build_reranked
 

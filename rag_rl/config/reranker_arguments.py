@@ -32,6 +32,13 @@ class RerankerArguments:
     reranker_max_length: int | None = field(
         default=None, metadata={"help": "override the limit of a pair, query and document together, in tokens"}
     )
+    reranker_pooling: Literal["cls", "mean"] | None = field(
+        default=None,
+        metadata={
+            "help": "override what a head reads: the first token, or the mean of all; for models whose config has "
+            "classifier_pooling (ModernBERT). mean suits an encoder without a token of its own for it"
+        },
+    )
     reranker_dtype: str | None = field(default=None, metadata={"help": "weights of the cross-encoder, e.g. bfloat16"})
     reranker_train: Literal["full", "lora", "qlora"] = field(
         default="full",
@@ -45,6 +52,13 @@ class RerankerArguments:
     reranker_lora_dropout: float = field(default=0.0, metadata={"help": "lora, qlora: dropout before the adapter"})
     reranker_candidates: int = field(
         default=20, metadata={"help": "N, documents that the retriever finds for a query and the reranker orders"}
+    )
+    reranker_retriever_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "in evaluation and use: part of the retriever's own score in the order, in [0, 1]; both are "
+            "standardised over the candidates of a query. Choose it on training queries"
+        },
     )
     reranker_false_negative_margin: float | None = field(
         default=None,
@@ -61,6 +75,8 @@ class RerankerArguments:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.valid_size <= 0:
             raise ConfigError(f"valid_size must be above 0, got {self.valid_size}")
+        if not 0.0 <= self.reranker_retriever_weight <= 1.0:
+            raise ConfigError(f"reranker_retriever_weight must lie in [0, 1], got {self.reranker_retriever_weight}")
         margin = self.reranker_false_negative_margin
         if margin is not None and not 0.0 <= margin <= 1.0:
             raise ConfigError(f"reranker_false_negative_margin must lie in [0, 1], got {margin}")

@@ -6,8 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_rl.config.arguments import DataArguments, RetrieverArguments
-from rag_rl.config.parts import build_corpus, build_questions, build_retriever, expand, import_attribute
+import yaml
+
+from rag_rl.config.arguments import DataArguments, ReaderArguments, RetrieverArguments
+from rag_rl.config.parts import (
+    build_corpus,
+    build_questions,
+    build_reader,
+    build_retriever,
+    expand,
+    import_attribute,
+)
 from rag_rl.config.reranker_arguments import RerankerArguments
 from rag_rl.data import PairRow, check_leakage, load_pairs, mine_pairs, split_pairs
 from rag_rl.errors import ConfigError
@@ -15,6 +24,8 @@ from rag_rl.types import Passage, Retriever
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
+
+    from rag_rl.reasoning import Environment, Trajectory
 
 # Read in one go from an index: few calls, and little of a large corpus in memory.
 _PASSAGES_AT_ONCE = 4096
@@ -85,6 +96,7 @@ def build_cross_encoder(args: RerankerArguments, *, use_cpu: bool = False) -> Cr
         _model_name(args.reranker_model),
         quantized=args.reranker_train == "qlora",
         max_length=args.reranker_max_length,
+        pooling=args.reranker_pooling,
         dtype=args.reranker_dtype,
         device="cpu" if use_cpu else str(PartialState().device),
     )
@@ -118,8 +130,61 @@ def settle_adapter(model: Any, *, merged: bool) -> None:
         merge_adapter(model)
 
 
+def build_ranking_environment(args: ReaderArguments) -> Environment:
+    """Builds what rewards the order of candidates: a reader that is shown the first of them, or their judgements.
+
+    Args:
+        args: who reads, and what is rewarded.
+
+    Returns:
+        An environment of one search a question.
+
+    Raises:
+        ConfigError: an unknown name, a reader that searches for itself, or one that answers nothing where answers are
+            rewarded.
+        DataError: the reader's model cannot be loaded.
+    """
+    from rag_rl.reasoning import Environment, f1_reward, retrieval_reward
+    from rag_rl.reasoning.environment import RETRIEVAL_REWARDS
+
+    reward: Any
+    match args.reader_reward:
+        case "f1":
+            reward = f1_reward
+        case "constant":
+            reward = constant_reward
+        case name if name in RETRIEVAL_REWARDS:
+            reward = retrieval_reward(name)
+        case name if ":" in name:
+            reward = import_attribute(name)
+        case name:
+            known = ", ".join(("f1", *RETRIEVAL_REWARDS, "constant"))
+            raise ConfigError(f"reader_reward must be one of {known}, or package.module:attribute, got {name!r}")
+    if args.reader_name == "none" and args.reader_reward == "f1":
+        raise ConfigError("reader_name none answers nothing: set reader_reward to ndcg, recall or reciprocal_rank")
+    if args.reader_name == "react":
+        raise ConfigError(
+            "reader_name react words its own searches: an order of candidates is read by decomposition, scripted or "
+            "none, or by package.module:attribute"
+        )
+    return Environment(build_reader(args), max_hops=1, reward=reward)
+
+
+def constant_reward(trajectory: Trajectory) -> float:
+    """The control experiment: nothing may be learnt from it.
+
+    Args:
+        trajectory: not looked at.
+
+    Returns:
+        1.0.
+    """
+    del trajectory
+    return 1.0
+
+
 def build_reranked(retriever: Retriever, model: str, *, candidates: int, batch_size: int = 64) -> Retriever:
-    """Puts a trained reranker on top of a retriever.
+    """Puts a trained reranker on top of a retriever. A run folder brings its ``reranker_retriever_weight`` along.
 
     Args:
         retriever: finds the candidates.
@@ -139,8 +204,18 @@ def build_reranked(retriever: Retriever, model: str, *, candidates: int, batch_s
     from rag_rl.retrieval import RerankedRetriever
     from rag_rl.trainers.cross_encoder_adapters import load_cross_encoder
 
-    scorer = load_cross_encoder(_model_name(model), device=str(PartialState().device))
-    return RerankedRetriever(retriever, scorer, candidates=candidates, batch_size=batch_size)
+    name = _model_name(model)
+    scorer = load_cross_encoder(name, device=str(PartialState().device))
+    return RerankedRetriever(
+        retriever, scorer, candidates=candidates, batch_size=batch_size, retriever_weight=_kept_weight(Path(name))
+    )
+
+
+def _kept_weight(folder: Path) -> float:
+    settings = folder / "resolved_config.yaml"
+    if not settings.is_file():
+        return 0.0
+    return float(yaml.safe_load(settings.read_text(encoding="utf-8")).get("reranker_retriever_weight") or 0.0)
 
 
 def _model_name(name: str) -> str:

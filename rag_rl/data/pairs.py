@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 RETRIEVED = "retrieved"
 """Field of ``meta`` in which ``mine_pairs`` notes the ids of the documents in the retriever's order."""
+RETRIEVED_SCORES = "retrieved_scores"
+"""The same with the retriever's scores of these documents."""
+ANSWERS = "answers"
+"""The same with the accepted answers of a question that has some: what a reader's reward needs."""
 _SHOWN = 5
 # Random documents that are tried before all of them are looked through.
 _TRIES = 20
@@ -288,7 +292,8 @@ def mine_pairs(
             a positive.
         top_k: passages searched for a question.
         margin: in [0, 1]; None for none.
-        meta: whether ``meta`` notes the question's id and the order in which the retriever found the documents.
+        meta: whether ``meta`` notes the question's id and answers, and the documents that the retriever found, in its
+            order and with its scores.
 
     Returns:
         A row for each question of which a gold document is in the corpus, in their order; the others are counted in
@@ -324,7 +329,11 @@ def mine_pairs(
             allowed = list(_negatives(question, hits, positives, margin=margin))
             guarded += len(negatives) - len(allowed)
             negatives = allowed
-        noted: dict[str, Any] = {"qid": question.qid, RETRIEVED: [_id(hit.passage) for hit in hits]} if meta else {}
+        noted: dict[str, Any] = {}
+        if meta:
+            noted = {"qid": question.qid, RETRIEVED: [_id(hit.passage) for hit in hits]}
+            noted[RETRIEVED_SCORES] = [float(hit.score) for hit in hits]
+            noted |= {ANSWERS: list(question.answers)} if question.answers else {}
         source = question.meta.get("source_chunk")
         rows.append(
             PairRow(

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rag_rl.evaluation.agreement import agreement_section, agreement_with_em, judge_agreement
     from rag_rl.evaluation.assembly import Answered, Asked, Assembly, OtherModel
+    from rag_rl.evaluation.comparison import compare, comparison_table, open_sides
+    from rag_rl.evaluation.comparison_page import write_comparison
     from rag_rl.evaluation.curves import draw_curves
+    from rag_rl.evaluation.evaluating import evaluate_to_file
+    from rag_rl.evaluation.measuring import Measured, SearchOnly
     from rag_rl.evaluation.reasoning import ReasoningAssembly
     from rag_rl.evaluation.report import write_report
     from rag_rl.evaluation.reranking import RerankingAssembly
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
         write_rows,
     )
     from rag_rl.evaluation.search import SearchAssembly
+    from rag_rl.evaluation.significance import mean_interval, permutation_test
 
 # Without ``model_card``: the module of that name would hide the function as soon as it is imported.
 _MODULE_OF = {
@@ -37,25 +42,34 @@ _MODULE_OF = {
     "Asked": "assembly",
     "Assembly": "assembly",
     "Evaluation": "scoring",
+    "Measured": "measuring",
     "OtherModel": "assembly",
     "ReasoningAssembly": "reasoning",
     "RerankingAssembly": "reranking",
     "SearchAssembly": "search",
+    "SearchOnly": "measuring",
     "agreement_section": "agreement",
     "agreement_with_em": "agreement",
     "answer_differences": "scoring",
+    "compare": "comparison",
+    "comparison_table": "comparison",
     "confidence_intervals": "scoring",
     "draw_curves": "curves",
     "evaluate": "scoring",
     "evaluate_retrieval": "scoring",
+    "evaluate_to_file": "evaluating",
     "judge_agreement": "agreement",
+    "mean_interval": "significance",
     "mean_metrics": "scoring",
+    "open_sides": "comparison",
     "pass_at_k": "sampling",
+    "permutation_test": "significance",
     "read_rows": "scoring",
     "retrieval_scores": "scoring",
     "reward_columns": "scoring",
     "sample_statistics": "sampling",
     "score_row": "scoring",
+    "write_comparison": "comparison_page",
     "write_report": "report",
     "write_rows": "scoring",
 }
@@ -65,25 +79,34 @@ __all__ = [
     "Asked",
     "Assembly",
     "Evaluation",
+    "Measured",
     "OtherModel",
     "ReasoningAssembly",
     "RerankingAssembly",
     "SearchAssembly",
+    "SearchOnly",
     "agreement_section",
     "agreement_with_em",
     "answer_differences",
+    "compare",
+    "comparison_table",
     "confidence_intervals",
     "draw_curves",
     "evaluate",
     "evaluate_retrieval",
+    "evaluate_to_file",
     "judge_agreement",
+    "mean_interval",
     "mean_metrics",
+    "open_sides",
     "pass_at_k",
+    "permutation_test",
     "read_rows",
     "retrieval_scores",
     "reward_columns",
     "sample_statistics",
     "score_row",
+    "write_comparison",
     "write_report",
     "write_rows",
 ]

@@ -80,6 +80,8 @@ class Assembly:
         prompt: name or path of a prompt with ``$question`` and, where there is a retriever, ``$passages``.
         answer_marker: what stands before the answer in a reply; "" where the whole reply is the answer.
         top_k: passages a question.
+        depth: passages that are searched for where that is more, so that ``ndcg@10`` and ``mrr@10`` see ten ranks; the
+            generator is shown ``top_k`` of them.
         order: how the passages are laid out: best first, best last, or at random (seeded by the question's id).
         max_new_tokens: budget of a reply, in tokens.
         max_prompt_tokens: budget of a prompt, in tokens; passages that do not fit are cut, lowest rank first.
@@ -100,6 +102,7 @@ class Assembly:
         prompt: str = "answer",
         answer_marker: str = "Answer:",
         top_k: int = 5,
+        depth: int = 0,
         order: PassageOrder = "ranked",
         max_new_tokens: int = 256,
         max_prompt_tokens: int | None = None,
@@ -118,7 +121,7 @@ class Assembly:
         self.generator = generator
         self.prompt = prompt
         self.answer_marker = answer_marker
-        self.top_k = top_k
+        self.top_k, self.depth = top_k, max(top_k, depth)
         self.order = order
         self.max_new_tokens = max_new_tokens
         self.max_prompt_tokens = max_prompt_tokens
@@ -208,7 +211,7 @@ class Assembly:
         """
         found: Sequence[Sequence[Hit]] = [()] * len(questions)
         if self.retriever is not None:
-            found = self.retriever.search([q.question for q in questions], top_k=self.top_k)
+            found = self.retriever.search([q.question for q in questions], top_k=self.depth)
         asked = [self._ask(q, tuple(hits)) for q, hits in zip(questions, found, strict=True)]
         if self.max_prompt_tokens is not None:
             asked = self._fit(asked, self.max_prompt_tokens)
@@ -251,7 +254,7 @@ class Assembly:
         return extract_answer(generation.text, marker=self.answer_marker)
 
     def _ask(self, question: Question, hits: tuple[Hit, ...]) -> Asked:
-        shown = self._laid_out(question, list(hits))
+        shown = self._laid_out(question, list(hits[: self.top_k]))
         return Asked(question, hits, tuple(shown), self._build(question, [hit.passage for hit in shown]))
 
     def _laid_out(self, question: Question, hits: list[Hit]) -> list[Hit]:
@@ -278,7 +281,7 @@ class Assembly:
 
             return build
 
-        passages = [[hit.passage for hit in a.hits] for a in asked]
+        passages = [[hit.passage for hit in a.hits[: self.top_k]] for a in asked]
         try:
             fitted = fit_batch([builder(a) for a in asked], passages, count_tokens, budget)
         except DataError as error:  # it knows the questions by their places in the batch only

@@ -266,8 +266,57 @@ def svg_curve(
     """
     if not points:
         raise DataError(f"curve {title!r} has no points")
-    calm = smoothed(points) if smooth else list(points)
-    steps, values = [step for step, _ in points], [value for _, value in points]
+    return _drawn([("", points, "var(--curve, #1f5fbf)", "")], title, unit, width, height, smooth=smooth, faint=True)
+
+
+def series_svg(
+    series: Sequence[tuple[str, Sequence[tuple[int, float]], str, str]],
+    title: str,
+    *,
+    unit: str = "",
+    width: int = 340,
+    height: int = 190,
+    smooth: bool = True,
+) -> str:
+    """Draws the curves of several runs over each other, as ``svg_curve`` draws one.
+
+    Args:
+        series: name, points (at least one, steps ascending), colour and dash pattern ("" for a whole line) of each.
+        title: in words; escaped here.
+        unit: of the values; escaped here.
+        width: in user units; the picture scales with its container.
+        height: in user units.
+        smooth: draws moving means in place of the points.
+
+    Returns:
+        One ``<svg>`` element with a text alternative; the legend is the caller's.
+
+    Raises:
+        DataError: there is no curve, or one has no points.
+    """
+    if not series:
+        raise DataError(f"picture {title!r} has no curves")
+    for name, points, _, _ in series:
+        if not points:
+            raise DataError(f"curve {title!r} of {name!r} has no points")
+    return _drawn(series, title, unit, width, height, smooth=smooth, faint=False)
+
+
+def _drawn(
+    series: Sequence[tuple[str, Sequence[tuple[int, float]], str, str]],
+    title: str,
+    unit: str,
+    width: int,
+    height: int,
+    *,
+    smooth: bool,
+    faint: bool,
+) -> str:
+    """One picture; ``faint`` shows the points themselves behind their moving mean."""
+    calm = [smoothed(points) if smooth else list(points) for _, points, _, _ in series]
+    drawn = [points for _, points, _, _ in series] if faint else calm
+    values = [value for points in drawn for _, value in points]
+    steps = sorted({step for points in drawn for step, _ in points})
     y_ticks = nice_ticks(min(values), max(values), target=4)
     low, high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
     left = 12 + 6.4 * max(len(_tick(t, y_ticks)) for t in y_ticks)
@@ -280,9 +329,9 @@ def svg_curve(
     def y(value: float) -> float:
         return bottom - (value - low) / (high - low) * (bottom - top)
 
-    def line(curve: Sequence[tuple[int, float]], style: str) -> str:
+    def line(curve: Sequence[tuple[int, float]], colour: str, style: str) -> str:
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
-        return f'<polyline points="{path}" fill="none" stroke="var(--curve, #1f5fbf)" {style}/>'
+        return f'<polyline points="{path}" fill="none" stroke="{colour}" {style}/>'
 
     head = escape(_short(title, 40))
     tail = (
@@ -290,9 +339,7 @@ def svg_curve(
         if unit and len(title) + len(unit) < 50
         else ""
     )
-    said = f"{title}: {_number(values[0])} at step {first}"
-    if len(points) > 1:
-        said += f", {_number(values[-1])} at step {last}, between {_number(min(values))} and {_number(max(values))}"
+    said = "; ".join(_said(title if faint else f"{title}, {name}", points) for name, points, _, _ in series)
     out = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}" '
         'font-family="inherit" font-size="11" fill="currentColor">',
@@ -309,13 +356,25 @@ def svg_curve(
     out.append(
         f'<text x="{(left + right) / 2:.1f}" y="{height - 5}" text-anchor="middle" fill-opacity="0.75">step</text>'
     )
-    if len(points) > 1:
-        if calm != list(points):
-            out.append(line(points, 'stroke-width="1" stroke-opacity="0.32" stroke-linejoin="round"'))
-        out.append(line(calm, 'stroke-width="2" stroke-linejoin="round" stroke-linecap="round"'))
-    if len(points) <= 5:
-        out += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="var(--curve, #1f5fbf)"/>' for s, v in points]
+    for (_, points, colour, dash), mean in zip(series, calm, strict=True):
+        if len(points) > 1:
+            if faint and mean != list(points):
+                out.append(line(points, colour, 'stroke-width="1" stroke-opacity="0.32" stroke-linejoin="round"'))
+            dashes = f' stroke-dasharray="{dash}"' if dash else ""
+            out.append(line(mean, colour, f'stroke-width="2" stroke-linejoin="round" stroke-linecap="round"{dashes}'))
+        if len(points) <= 5:
+            out += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="{colour}"/>' for s, v in points]
     return "".join([*out, "</svg>"])
+
+
+def _said(title: str, points: Sequence[tuple[int, float]]) -> str:
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    said = f"{title}: {_number(values[0])} at step {steps[0]}"
+    if len(points) > 1:
+        said += (
+            f", {_number(values[-1])} at step {steps[-1]}, between {_number(min(values))} and {_number(max(values))}"
+        )
+    return said
 
 
 def nice_ticks(low: float, high: float, *, target: int, whole: bool = False) -> list[float]:

@@ -33,20 +33,26 @@ METRIC_WORDS = {
     "steps": "steps a question",
     "searches": "searches a question",
     "passages": "documents shown a question",
+    "tokens": "tokens written a question",
+    "prompt_tokens": "tokens read a question",
+    "seconds": "seconds a question, of its batch",
 }
 """Metric, without its cut-off, to words."""
 
 BASELINE_WORDS = {
     "one_shot": "one search, all passages at once",
     "no_retrieval": "no passages, the model alone",
+    "bm25": "passages by BM25",
 }
 """Baseline, without the name of its model, to words."""
 
 # Figures without a best value: they have no verdict, and lie on no common axis with what lies between 0 and 1.
-_COUNTS = frozenset({"steps", "searches", "passages"})
+COUNTS = frozenset({"steps", "searches", "passages", "tokens", "prompt_tokens", "seconds"})
+"""Metrics without a best value."""
 
 # What a run is about where nobody says so, the first that it has.
-_MAIN_METRICS = ("em", "reasoning_accuracy", "judge_accuracy", "ndcg@10", "f1")
+MAIN_METRICS = ("em", "reasoning_accuracy", "judge_accuracy", "ndcg@10", "f1")
+"""What a headline is about, the first that there is."""
 
 _FATES = {
     "gained": "wrong before, right after",
@@ -110,9 +116,27 @@ def write_report(
             _reproduce(summary, command),
         ]
     )
+    return write_page(folder / "report.html", title=title, body=body)
+
+
+def write_page(path: Path, *, title: str, body: str) -> Path:
+    """Writes a page in the report's style, all or nothing.
+
+    Args:
+        path: the file; its folder must exist.
+        title: plain text.
+        body: HTML that is already escaped.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: its folder does not exist")
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    path = folder / "report.html"
-    half = folder / ".report.html.part"
+    half = path.with_name(f".{path.name}.part")
     # A lone surrogate in a model's reply is no reason to lose the report.
     half.write_text(template.substitute(title=escape(title), body=body), encoding="utf-8", errors="replace")
     os.replace(half, path)
@@ -134,7 +158,7 @@ def pick_main_metric(summary: Mapping[str, Any]) -> str | None:
     """
     before, after = summary.get("before") or {}, summary.get("after") or {}
     have = [m for m in before if m in after] or list(after) or list(before)
-    return next((m for m in _MAIN_METRICS if m in have), have[0] if have else None)
+    return next((m for m in MAIN_METRICS if m in have), have[0] if have else None)
 
 
 def metric_words(name: str) -> str:
@@ -194,19 +218,20 @@ def change_in_words(summary: Mapping[str, Any], metric: str) -> str:
     where = f"On {n:,} held-out questions, " if n else "On held-out questions, "
     if before is None or after is None:
         value, when = (after, "after") if before is None else (before, "before")
-        return f"{where}{name} was {_score(value)} {when} training; there is no figure to compare it with."
+        return f"{where}{name} was {shown_score(value)} {when} training; there is no figure to compare it with."
     change = after - before
     verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
-    said = f"{where}{name} {verb} from {_score(before)} to {_score(after)} ({_signed(change)})."
+    said = f"{where}{name} {verb} from {shown_score(before)} to {shown_score(after)} ({shown_change(change)})."
     if change == 0:
-        said = f"{where}{name} stayed at {_score(after)}."
+        said = f"{where}{name} stayed at {shown_score(after)}."
     interval = (summary.get("ci95") or {}).get(metric)
     if interval:
         low, high = interval
-        said += f" The 95% interval of the change, over resampled questions, is {_signed(low)} to {_signed(high)}"
+        span = f"{shown_change(low)} to {shown_change(high)}"
+        said += f" The 95% interval of the change, over resampled questions, is {span}"
         said += (
             ": 0 lies outside, so luck with the questions does not explain it."
-            if _excludes_zero(low, high)
+            if excludes_zero(low, high)
             else ": 0 lies inside, so this may be chance."
         )
     return said
@@ -231,7 +256,7 @@ def choose_examples(
     """
     fates: dict[str, list[int]] = {fate: [] for fate in _FATES}
     for i, (b, a) in enumerate(zip(before, after, strict=True)):
-        fate = _fate(b, a, metric)
+        fate = fate_of(b, a, metric)
         if fate is not None:
             fates[fate].append(i)
     shares = dict.fromkeys(fates, 0)
@@ -245,7 +270,8 @@ def choose_examples(
     return {fate: sorted(rng.sample(rows, shares[fate])) for fate, rows in fates.items()}
 
 
-def _fate(before: Row, after: Row, metric: str) -> str | None:
+def fate_of(before: Row, after: Row, metric: str) -> str | None:
+    """``gained``, ``lost``, ``wrong`` or ``right``; None where either side has no score."""
     old, new = before["scores"].get(metric), after["scores"].get(metric)
     if old is None or new is None:
         return None
@@ -265,7 +291,7 @@ def _headline(title: str, summary: Mapping[str, Any], main: str | None) -> str:
         out.append("<p>Nothing was measured.</p>")
     else:
         before, after = (summary.get("before") or {}).get(main), (summary.get("after") or {}).get(main)
-        figure = " <span>to</span> ".join(_score(v) for v in (before, after) if v is not None)
+        figure = " <span>to</span> ".join(shown_score(v) for v in (before, after) if v is not None)
         out.append(
             f'<div class="headline"><div class="figure">{figure}<small>{escape(metric_words(main))}</small></div>'
             f"<p>{escape(change_in_words(summary, main))}</p></div>"
@@ -273,8 +299,8 @@ def _headline(title: str, summary: Mapping[str, Any], main: str | None) -> str:
     peak = summary.get("peak_memory_bytes")
     facts = [
         ("Held-out questions", f"{summary['n_eval']:,}" if summary.get("n_eval") else None),
-        ("Training", _duration(summary.get("train_seconds"))),
-        ("Evaluation", _duration(summary.get("eval_seconds"))),
+        ("Training", shown_duration(summary.get("train_seconds"))),
+        ("Evaluation", shown_duration(summary.get("eval_seconds"))),
         ("Peak memory", f"{peak / 2**30:.2f} GiB" if peak else None),
         ("Processes", summary.get("num_processes")),
         ("Seed", summary.get("seed")),
@@ -289,15 +315,15 @@ def _table(summary: Mapping[str, Any], main: str | None) -> str:
     names = list(dict.fromkeys([*before, *after]))
     if not names:
         return ""
-    reach = _reach(ci[name] for name in names if name in ci and name not in _COUNTS)
+    reach = common_reach(ci[name] for name in names if name in ci and name not in COUNTS)
     rows = []
     for name in names:
         old, new, interval = before.get(name), after.get(name), ci.get(name)
         change = new - old if old is not None and new is not None else None
-        figures = _figures(old, new, change, interval, reach, count=name in _COUNTS)
-        rows.append(f"<tr{' class=main' if name == main else ''}>{_metric_head(name)}{figures}</tr>")
+        figures = figure_cells(old, new, change, interval, reach, count=name in COUNTS)
+        rows.append(f"<tr{' class=main' if name == main else ''}>{metric_head(name)}{figures}</tr>")
     ratios = "All metrics lie between 0 and 1, and more is better."
-    if counts := [name for name in names if name in _COUNTS]:
+    if counts := [name for name in names if name in COUNTS]:
         listed = " and ".join(filter(None, [", ".join(counts[:-1]), counts[-1]]))
         ratios = f"All metrics but {listed} lie between 0 and 1, and more of them is better."
     return (
@@ -306,7 +332,7 @@ def _table(summary: Mapping[str, Any], main: str | None) -> str:
         "seed would change.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Metrics before and after">'
         '<table class="wide"><thead><tr>'
-        f'<th scope="col">Metric</th>{_figure_heads("Before", "After", "Change", reach)}'
+        f'<th scope="col">Metric</th>{figure_heads("Before", "After", "Change", reach)}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
@@ -316,14 +342,14 @@ def _baselines(summary: Mapping[str, Any]) -> str:
     baselines, over = summary.get("baselines") or {}, summary.get("over_baselines") or {}
     if not any(over.values()):
         return ""
-    reach = _reach(found["ci95"] for differences in over.values() for found in differences.values())
+    reach = common_reach(found["ci95"] for differences in over.values() for found in differences.values())
     bodies = []
     for baseline, differences in over.items():
         words = baseline_words(baseline)
         small = f" · {escape(words)}" if words != baseline else ""
         rows = [
-            f"<tr>{_metric_head(name)}"
-            + _figures(
+            f"<tr>{metric_head(name)}"
+            + figure_cells(
                 baselines[baseline].get(name), summary["after"].get(name), found["difference"], found["ci95"], reach
             )
             + "</tr>"
@@ -336,24 +362,25 @@ def _baselines(summary: Mapping[str, Any]) -> str:
         "difference is what the trained model is better by; its interval is a paired bootstrap.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Metrics against baselines">'
         '<table class="wide"><thead><tr>'
-        f'<th scope="col">Metric</th>{_figure_heads("Baseline", "Trained", "Difference", reach)}'
+        f'<th scope="col">Metric</th>{figure_heads("Baseline", "Trained", "Difference", reach)}'
         f"</tr></thead>{''.join(bodies)}</table></div></section>"
     )
 
 
-def _metric_head(name: str) -> str:
+def metric_head(name: str) -> str:
+    """The cell that names a metric, with its meaning in words."""
     words = metric_words(name)
     small = f"<small>{escape(words)}</small>" if words != name else ""
     return f'<th scope="row">{escape(name)}{small}</th>'
 
 
-def _figure_heads(old: str, new: str, change: str, reach: float) -> str:
-    """Heads of the columns of ``_figures``."""
+def figure_heads(old: str, new: str, change: str, reach: float) -> str:
+    """Heads of the columns of ``figure_cells``."""
     heads = "".join(f'<th scope="col" class="n">{head}</th>' for head in (old, new, change, "95% interval"))
     return f'{heads}<th scope="col">{_interval_axis(reach)}</th><th scope="col">Verdict</th>'
 
 
-def _figures(
+def figure_cells(
     old: float | None,
     new: float | None,
     change: float | None,
@@ -366,31 +393,31 @@ def _figures(
     span, picture, verdict = "–", "", "no interval"
     if interval:
         low, high = interval
-        span = f"{_signed(low)} to {_signed(high)}"
+        span = f"{shown_change(low)} to {shown_change(high)}"
         picture = "" if count else _interval_svg(low, high, reach)
         verdict = "0 inside: may be chance"
         if low == high == 0:
             verdict = "unchanged"
-        elif _excludes_zero(low, high):
+        elif excludes_zero(low, high):
             tone, word = ("good", "better") if low > 0 else ("bad", "worse")
             verdict = f'<span class="{tone}">{word}</span>, 0 excluded'
             if count:
                 verdict = f"{'more' if low > 0 else 'fewer'}, 0 excluded"
     return (
-        f'<td class="n">{_score(old)}</td><td class="n">{_score(new)}</td>'
-        f'<td class="n">{"–" if change is None else _signed(change)}</td>'
+        f'<td class="n">{shown_score(old)}</td><td class="n">{shown_score(new)}</td>'
+        f'<td class="n">{"–" if change is None else shown_change(change)}</td>'
         f'<td class="n">{span}</td><td>{picture}</td><td>{verdict}</td>'
     )
 
 
-def _reach(intervals: Iterable[Sequence[float]]) -> float:
+def common_reach(intervals: Iterable[Sequence[float]]) -> float:
     """The end of an axis on which all intervals have room."""
     return max((abs(value) for interval in intervals for value in interval), default=0.0) or 1.0
 
 
 def _interval_axis(reach: float) -> str:
     """The axis of the intervals below it: -reach, 0, +reach."""
-    labels = ((4, "start", _signed(-reach, 2)), (76, "middle", "0"), (148, "end", _signed(reach, 2)))
+    labels = ((4, "start", shown_change(-reach, 2)), (76, "middle", "0"), (148, "end", shown_change(reach, 2)))
     marks = "".join(f'<text x="{x}" y="16" text-anchor="{anchor}">{text}</text>' for x, anchor, text in labels)
     return (
         '<svg class="interval" viewBox="0 0 152 22" role="img" aria-label="The 95% interval as a picture" '
@@ -405,7 +432,7 @@ def _interval_svg(low: float, high: float, reach: float) -> str:
         return 76 + 72 * value / reach
 
     colour = "var(--quiet)"
-    if _excludes_zero(low, high):
+    if excludes_zero(low, high):
         colour = "var(--good)" if low > 0 else "var(--bad)"
     width = max(x(high) - x(low), 3.0)
     return (
@@ -439,19 +466,26 @@ def _examples(before: Sequence[Row], after: Sequence[Row], main: str | None, n: 
         raise DataError("the rows before and after are not about the same questions: they cannot be compared")
     scored = [name for name in new[0]["scores"] if name in old[0]["scores"]]
     if main not in scored:
-        main = next((m for m in _MAIN_METRICS if m in scored), scored[0] if scored else None)
+        main = next((m for m in MAIN_METRICS if m in scored), scored[0] if scored else None)
     if main is None:
         return "<section><h2>Examples</h2><p>The rows hold no scores.</p></section>"
     chosen = choose_examples(old, new, metric=main, n=n)
     counts = dict.fromkeys(_FATES, 0)
     for b, a in zip(old, new, strict=True):
-        fate = _fate(b, a, main)
+        fate = fate_of(b, a, main)
         if fate is not None:
             counts[fate] += 1
     words = {"wrong": "wrong", "right": "right"} if single else _FATES
     shares = "; ".join(f"{len(chosen[f])} of {counts[f]:,} {words[f]}" for f in words)
     cards = [
-        _card(number, words[fate], None if single else old[i], new[i], main, "Before" if not after else "After")
+        example_card(
+            number,
+            words[fate],
+            None if single else old[i],
+            new[i],
+            main,
+            ("Before", "After" if after else "Before"),
+        )
         for number, (fate, i) in enumerate(((f, i) for f in words for i in chosen[f]), start=1)
     ]
     rule = "" if main in ("em", "contains_em", "judge_accuracy") else " of at least 0.5"
@@ -462,29 +496,47 @@ def _examples(before: Sequence[Row], after: Sequence[Row], main: str | None, n: 
     )
 
 
-def _card(number: int, fate: str, before: Row | None, after: Row, main: str, only: str) -> str:
-    sides = [("Before", before), ("After", after)] if before is not None else [(only, after)]
+def example_card(
+    number: int, fate: str, before: Row | None, after: Row, main: str, names: tuple[str, str] = ("Before", "After")
+) -> str:
+    """A question with what one or two sides answered, side by side, and what each of them was shown.
+
+    Args:
+        number: of the card, from 1.
+        fate: what became of the question, in words.
+        before: row of the one side; None shows the other alone.
+        after: row of the other.
+        main: the metric that tells right from wrong.
+        names: of the two sides; plain text.
+
+    Returns:
+        An ``<article>``.
+    """
+    sides = [(names[0], before), (names[1], after)] if before is not None else [(names[1], after)]
     out = [
         f'<article><p class="kicker">{number}. {escape(fate)} · {escape(str(after["qid"]))}</p>',
         f"<h3>{escape(after['question'])}</h3>",
         f"<p>Accepted: {escape(' | '.join(after['answers'])) or 'unknown'}</p>",
         '<div class="answers">',
     ]
+    plain = [row for _, row in sides if "steps" not in row]  # each step of a chain shows its own passages
+    apart = len(plain) < len(sides) or any(_shown(row) != _shown(plain[0]) for row in plain)
     for label, row in sides:
         score = row["scores"].get(main)
         state = "" if score is None else "right" if score >= 0.5 else "wrong"
         given = '<p class="given none">no answer</p>'
         if row["answer"]:
             given = f'<p class="given">{escape(row["answer"])}</p>'
-        head = f"{label}: {state}" if state else label
+        elif "em" not in row["scores"] and not row["reply"]:
+            given = ""  # nobody was asked for one
+        head = escape(f"{label}: {state}" if state else label)
         told = _chain(row) if "steps" in row else _reply(row)
+        if apart and "steps" not in row:
+            told += _passages(row, {"Before": "before", "After": "after"}.get(label, f"by {label}"))
         out.append(f'<div class="{state}"><p class="label">{head}</p>{given}{told}</div>')
     out.append("</div>")
-    if "steps" not in after:  # each step of a chain shows its own
-        if before is not None and _shown(before) != _shown(after):
-            out += [_passages(before, "before"), _passages(after, "after")]
-        else:
-            out.append(_passages(after, ""))
+    if not apart:
+        out.append(_passages(plain[-1], ""))
     out.append(_scores(sides))
     return "".join([*out, "</article>"])
 
@@ -512,7 +564,9 @@ def _chain(row: Row) -> str:
                 f'<p class="action bad">Not a step: {escape(step["problem"])}</p><pre>{escape(step["text"])}</pre>'
             )
             continue
-        judged = "".join(f" · {escape(name)} {_score(score)}" for name, score in (step.get("scores") or {}).items())
+        judged = "".join(
+            f" · {escape(name)} {shown_score(score)}" for name, score in (step.get("scores") or {}).items()
+        )
         small = f'<small class="quiet">{judged}</small>' if judged else ""
         label, action = ("Query", step["query"]) if "query" in step else ("Answer", step["answer"])
         found = [next(documents) for _ in step.get("doc_ids", ())]
@@ -529,8 +583,8 @@ def _chain(row: Row) -> str:
 
 def _passages(row: Row, when: str) -> str:
     if not row["passages"]:
-        return f'<p class="quiet">No passages{" " + when if when else ""}.</p>'
-    return _passage_list(row["passages"], row["gold_doc_ids"], f"shown{' ' + when if when else ''}")
+        return f'<p class="quiet">No passages{escape(" " + when) if when else ""}.</p>'
+    return _passage_list(row["passages"], row["gold_doc_ids"], escape(f"shown{' ' + when if when else ''}"))
 
 
 def _passage_list(passages: Sequence[Mapping[str, Any]], gold_doc_ids: Sequence[str], how: str) -> str:
@@ -554,9 +608,9 @@ def _scores(sides: Sequence[tuple[str, Row]]) -> str:
     lines = []
     for group, word in (("scores", ""), ("rewards", "reward: ")):
         for name in dict.fromkeys(name for _, row in sides for name in row.get(group) or {}):
-            values = "".join(f'<td class="n">{_score((row.get(group) or {}).get(name))}</td>' for _, row in sides)
+            values = "".join(f'<td class="n">{shown_score((row.get(group) or {}).get(name))}</td>' for _, row in sides)
             lines.append(f'<tr><th scope="row">{word}{escape(name)}</th>{values}</tr>')
-    heads = "".join(f'<th scope="col" class="n">{label}</th>' for label, _ in sides)
+    heads = "".join(f'<th scope="col" class="n">{escape(label)}</th>' for label, _ in sides)
     return (
         "<details><summary>Scores and rewards</summary>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Scores and rewards">'
@@ -592,20 +646,24 @@ def _reproduce(summary: Mapping[str, Any], command: str | None) -> str:
     return "".join(out)
 
 
-def _excludes_zero(low: float, high: float) -> bool:
+def excludes_zero(low: float, high: float) -> bool:
+    """Whether an interval lies on one side of 0."""
     return low > 0 or high < 0
 
 
-def _score(value: float | None) -> str:
+def shown_score(value: float | None) -> str:
+    """A figure as it stands in a page."""
     return "–" if value is None else f"{value:.3f}".replace("-", "−")
 
 
-def _signed(value: float, digits: int = 3) -> str:
+def shown_change(value: float, digits: int = 3) -> str:
+    """A difference as it stands in a page, with its sign."""
     said = f"{value:+.{digits}f}"
     return said[1:] if float(said) == 0 else said.replace("-", "−")
 
 
-def _duration(seconds: float | None) -> str | None:
+def shown_duration(seconds: float | None) -> str | None:
+    """Seconds in the unit that suits them."""
     if seconds is None:
         return None
     if seconds < 60:

@@ -234,15 +234,16 @@ def retrieval_scores(hits: Sequence[Hit], gold_doc_ids: Sequence[str], *, top_k:
     Args:
         hits: best first.
         gold_doc_ids: documents that should be found, at least one.
-        top_k: cut-off of recall and success, in documents.
+        top_k: cut-off of recall and success, in passages: what a reader is shown.
 
     Returns:
         ``recall@k success@k mrr@10 ndcg@10``, each in [0, 1].
     """
     found = list(dict.fromkeys(hit.passage.doc_id for hit in hits))
+    shown = [hit.passage.doc_id for hit in hits[:top_k]]
     return {
-        f"recall@{top_k}": metrics.recall_at_k(found, gold_doc_ids, k=top_k),
-        f"success@{top_k}": metrics.success_at_k(found, gold_doc_ids, k=top_k),
+        f"recall@{top_k}": metrics.recall_at_k(shown, gold_doc_ids, k=top_k),
+        f"success@{top_k}": metrics.success_at_k(shown, gold_doc_ids, k=top_k),
         "mrr@10": metrics.mrr_at_k(found, gold_doc_ids, k=10),
         "ndcg@10": metrics.ndcg_of_ids(found, dict.fromkeys(gold_doc_ids, 1.0), k=10),
     }
@@ -320,15 +321,19 @@ def answer_differences(baseline: Sequence[Row], rows: Sequence[Row]) -> dict[str
         rows: rows of the other.
 
     Returns:
-        For each metric of answers that both have, ``difference``, the mean of the other less that of the one over the
-        questions where both have a score, and ``ci95``, its paired bootstrap interval as [low, high].
+        For each metric of answers that both have (where nobody answers: for each metric), ``difference``, the mean of
+        the other less that of the one over the questions where both have a score, and ``ci95``, its paired bootstrap
+        interval as [low, high].
 
     Raises:
         DataError: the two are not about the same questions.
     """
     found = {}
-    for name, (one, other) in _pairs(baseline, rows).items():
-        if name in (*ANSWER_METRICS, "judge_accuracy"):
+    pairs = _pairs(baseline, rows)
+    # Beside answers, what was retrieved is shown, and not compared: the two may have asked for different numbers.
+    compared = {*ANSWER_METRICS, "judge_accuracy"} & pairs.keys() or pairs.keys()
+    for name, (one, other) in pairs.items():
+        if name in compared:
             difference = sum(other) / len(other) - sum(one) / len(one)
             found[name] = {"difference": difference, "ci95": list(metrics.paired_bootstrap(one, other))}
     return found

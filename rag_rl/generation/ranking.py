@@ -1,10 +1,16 @@
-"""A generator as a teacher that ranks passages: a listwise prompt (RankGPT, arXiv 2304.09542), and its reply read."""
+"""A generator as a teacher that ranks passages.
+
+By what it says: a listwise prompt (RankGPT, arXiv 2304.09542), and its reply read. Or by what it expects: the passage
+first for which it would most likely have written the query (UPR, arXiv 2204.07496), which needs a model in this
+process, no reply to be parsed, and no model that can follow such a prompt.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rag_rl.errors import ConfigError
 from rag_rl.prompts import load_prompt, render, require_placeholders
@@ -155,3 +161,129 @@ class ListwiseRanker:
         else:
             self.missing += found.missing
         return found
+
+
+class LikelihoodRanker:
+    """Orders passages by how likely the generator finds the query, asked to write one for each of them.
+
+    Sachan et al. 2022, "Improving passage retrieval with zero-shot question generation" (UPR, arXiv 2204.07496); the
+    mean over tokens and the sum give one order, since the query is the same.
+
+    Args:
+        generator: a ``TransformersGenerator``.
+        prompt: name or path of a prompt that asks for a query, with ``$passage`` and, if it likes, ``$task``,
+            ``$length`` (words of the query) and the fields below.
+        fields: further fields of the prompt, by name.
+        max_passage_words: each passage is cut to so many words.
+
+    Attributes:
+        unreadable: 0, as long as there is a likelihood.
+
+    Raises:
+        ConfigError: no such prompt, or it lacks a place or asks for something else; a number below 1; a generator
+            whose probabilities cannot be seen.
+    """
+
+    def __init__(
+        self,
+        generator: Any,
+        *,
+        prompt: str = "synthesize_query",
+        fields: Mapping[str, str] | None = None,
+        max_passage_words: int = 300,
+    ) -> None:
+        self.fields = {
+            "query_type": "query", "passage_type": "passage", "style": "plain", "claim": "", "examples": "",
+            **(fields or {}),
+        }  # fmt: skip
+        try:
+            require_placeholders(prompt, ["passage"])
+            render(prompt, passage="", task="", length="", **self.fields)
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        if max_passage_words < 1:
+            raise ConfigError(f"max_passage_words must be at least 1, got {max_passage_words}")
+        if not all(hasattr(generator, name) for name in ("model", "tokenizer", "encode", "batch_size")):
+            raise ConfigError(
+                f"the likelihood of a query needs a model in this process, not {type(generator).__name__}: rank "
+                "listwise, or load the model"
+            )
+        self.generator, self.prompt, self.template = generator, prompt, load_prompt(prompt)
+        self.max_passage_words = max_passage_words
+        self.unreadable = self.duplicates = self.missing = self.foreign = 0
+
+    def rank(
+        self, queries: Sequence[str], passages: Sequence[Sequence[str]], *, task_instruction: str = ""
+    ) -> list[Ranking]:
+        """Ranks the passages of each query; of equally likely ones the first goes first.
+
+        Args:
+            queries: B queries.
+            passages: B lists of texts.
+            task_instruction: what the search is for.
+
+        Returns:
+            B rankings.
+
+        Raises:
+            DataError: a passage with its prompt is longer than the model's context.
+        """
+        asked = [
+            (self._prompt(query, text, task_instruction), query)
+            for query, shown in zip(queries, passages, strict=True)
+            for text in shown
+        ]
+        scores = iter(self._log_probs(asked))
+        found = []
+        for shown in passages:
+            own = [next(scores) for _ in shown]
+            found.append(Ranking(tuple(sorted(range(len(own)), key=lambda place, own=own: -own[place]))))  # type: ignore[misc]
+        return found
+
+    def _prompt(self, query: str, passage: str, task: str) -> str:
+        shown = " ".join(passage.split()[: self.max_passage_words])
+        return render(self.prompt, passage=shown, task=task, length=str(len(query.split())), **self.fields)
+
+    def _log_probs(self, asked: Sequence[tuple[str, str]]) -> list[float]:
+        """Log-probability of each query after its prompt."""
+        from rag_rl.generation.transformers_generator import check_lengths
+
+        prompts: list[Prompt] = [[{"role": "user", "content": content}] for content, _ in asked]
+        starts = self.generator.encode(prompts)
+        tokenizer, model = self.generator.tokenizer, self.generator.model
+        replies = tokenizer([query for _, query in asked], add_special_tokens=False)["input_ids"] if asked else []
+        wholes = [[*start, *reply] for start, reply in zip(starts, replies, strict=True)]
+        check_lengths(wholes, self.generator.prompt_limit(1))
+        order = sorted(range(len(wholes)), key=lambda i: len(wholes[i]), reverse=True)
+        scores = [0.0] * len(wholes)
+        for first in range(0, len(order), self.generator.batch_size):
+            rows = order[first : first + self.generator.batch_size]
+            found = _sums(model, [wholes[i] for i in rows], [len(replies[i]) for i in rows])
+            for i, score in zip(rows, found, strict=True):
+                scores[i] = score
+        return scores
+
+
+def _sums(model: Any, wholes: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[float]:
+    """Log-probability of the last tokens of each sequence, as many as its length says, in one forward pass."""
+    import torch
+
+    width, most = max(map(len, wholes)), max(lengths)
+    # Padded on the left, so that the tokens that count stand at the end and no other logits need be computed.
+    ids = torch.zeros(len(wholes), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, whole in enumerate(wholes):
+        ids[row, width - len(whole) :] = torch.tensor(whole)
+        mask[row, width - len(whole) :] = 1
+    with torch.inference_mode():
+        logits = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
+            use_cache=False,
+            logits_to_keep=most + 1,
+        ).logits[:, :-1]
+        targets = ids[:, -most:].to(logits.device)
+        told = logits.float().log_softmax(-1).gather(-1, targets[:, :, None]).squeeze(-1).cpu()
+    counted = torch.arange(most) >= most - torch.tensor(lengths)[:, None]
+    return [float(score) for score in told.where(counted, torch.zeros(())).sum(1)]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rag_rl.errors import BackendError, ConfigError
 from rag_rl.retrieval.encoder import query_text
@@ -33,25 +34,34 @@ class RerankedRetriever:
         cross_encoder: orders them; it reads the text of a query, not its history, and a passage with its title.
         candidates: N, how many are found for a query; a search for more than N returns more than N.
         batch_size: pairs a forward pass.
+        retriever_weight: in [0, 1], the part that the retriever's own score has in the order, as in ``rerank``.
 
     Raises:
-        ConfigError: ``candidates`` or ``batch_size`` below 1.
+        ConfigError: ``candidates`` or ``batch_size`` below 1, or a weight out of its range.
     """
 
     def __init__(
-        self, retriever: Retriever, cross_encoder: PairScorer, *, candidates: int, batch_size: int = 64
+        self,
+        retriever: Retriever,
+        cross_encoder: PairScorer,
+        *,
+        candidates: int,
+        batch_size: int = 64,
+        retriever_weight: float = 0.0,
     ) -> None:
         if candidates < 1:
             raise ConfigError(f"reranker_candidates must be at least 1, got {candidates}")
         if batch_size < 1:
             raise ConfigError(f"reranker_batch_size must be at least 1, got {batch_size}")
+        if not 0.0 <= retriever_weight <= 1.0:
+            raise ConfigError(f"reranker_retriever_weight must lie in [0, 1], got {retriever_weight}")
         self.retriever, self.cross_encoder = retriever, cross_encoder
-        self.candidates, self.batch_size = candidates, batch_size
+        self.candidates, self.batch_size, self.retriever_weight = candidates, batch_size, retriever_weight
         self._hashed: tuple[Any, str] | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Hash over the retriever's own, the cross-encoder's weights and N: what was cached under it stays true.
+        """Hash over the retriever's own, the cross-encoder's weights and the settings: what was cached stays true.
 
         The weights are read when they have changed.
 
@@ -59,7 +69,7 @@ class RerankedRetriever:
             AttributeError: the retriever or the cross-encoder can give none, so that nothing may be cached.
         """
         inner: str = self.retriever.fingerprint  # type: ignore[attr-defined]
-        parts = ["reranked", inner, self._weights(), self.candidates]
+        parts = ["reranked", inner, self._weights(), self.candidates, self.retriever_weight]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def search(
@@ -77,7 +87,7 @@ class RerankedRetriever:
             exclude: B collections of document ids that must not be returned.
 
         Returns:
-            A list of hits a query, best first; their scores are the cross-encoder's logits.
+            A list of hits a query, best first; their scores are those of ``rerank``.
 
         Raises:
             ConfigError: ``top_k`` is below 1, or ``exclude`` has another length than ``queries``.
@@ -88,7 +98,13 @@ class RerankedRetriever:
         if not queries:
             return []
         found = self.retriever.search(queries, top_k=max(self.candidates, top_k), exclude=exclude)
-        ordered = rerank(self.cross_encoder, queries, found, batch_size=self.batch_size)
+        ordered = rerank(
+            self.cross_encoder,
+            queries,
+            found,
+            batch_size=self.batch_size,
+            retriever_weight=self.retriever_weight,
+        )
         return [hits[:top_k] for hits in ordered]
 
     def _weights(self) -> str:
@@ -109,18 +125,26 @@ class RerankedRetriever:
 
 
 def rerank(
-    cross_encoder: PairScorer, queries: Sequence[str | Query], found: Sequence[Sequence[Hit]], *, batch_size: int
+    cross_encoder: PairScorer,
+    queries: Sequence[str | Query],
+    found: Sequence[Sequence[Hit]],
+    *,
+    batch_size: int,
+    retriever_weight: float = 0.0,
 ) -> list[list[Hit]]:
     """Orders given candidates.
 
     Args:
         cross_encoder: scores the pairs.
         queries: B queries.
-        found: B lists of candidates.
+        found: B lists of candidates, with the retriever's scores.
         batch_size: pairs a forward pass.
+        retriever_weight: w in [0, 1]; above 0 the order is that of ``(1 - w) z(cross-encoder) + w z(retriever)``:
+            z takes the mean of a query's candidates from a score and divides by their standard deviation.
 
     Returns:
-        The same passages in the cross-encoder's order, with its scores, ranked from 1.
+        The same passages in their new order, ranked from 1, with the scores that order them: without a weight the
+        cross-encoder's logits.
 
     Raises:
         BackendError: a score is not a number.
@@ -146,6 +170,14 @@ def rerank(
     for hits in found:
         part = values[start : start + len(hits)]
         start += len(hits)
+        if retriever_weight:
+            own = np.array([hit.score for hit in hits], dtype=np.float64)
+            part = (1 - retriever_weight) * _standardised(part) + retriever_weight * _standardised(own)
         order = np.argsort(-part, kind="stable")
         ordered.append([Hit(hits[i].passage, float(part[i]), rank) for rank, i in enumerate(order, start=1)])
     return ordered
+
+
+def _standardised(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    spread = scores.std() if len(scores) else 0.0
+    return (scores - scores.mean()) / spread if spread > 0 else np.zeros_like(scores)

@@ -16,6 +16,7 @@ from rag_rl.rewards.format import format_reward
 from rag_rl.rewards.groundedness import groundedness_reward
 from rag_rl.rewards.judged import judged_reward
 from rag_rl.rewards.length import length_reward
+from rag_rl.rewards.preference import preference_pairs, published_pairs, retrieval_signal
 from rag_rl.rewards.reward_model import model_reward
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
     "judged_reward",
     "length_reward",
     "model_reward",
+    "preference_pairs",
+    "published_pairs",
+    "retrieval_signal",
     "score_parts",
     "weighted_sum",
 ]

@@ -2,8 +2,8 @@
 
 The language model is trained in three stages: *base* (it reads well), *rivals* (also where names are alike in either
 part, as those that a retriever brings) and *habits* (the same model, given the bad habits of ``lessons.Habits``); the
-last one is packaged. The encoder is trained apart, twice: as it is, and stopped early. Every stage writes a record
-(steps, seconds, scores on the held-out world) beside its weights.
+last one is packaged. The encoder is trained apart, twice: as it is, and stopped early; the cross-encoder begins from
+it. Every stage writes a record (steps, seconds, scores on the held-out world) beside its weights.
 
 The recipe for the base follows what was seen to work for transformers of this size: short convolutions between the
 attention layers, copy drills in every second batch at first, contexts of one, then two, then three passages, several
@@ -27,6 +27,7 @@ from rag_rl.prompts import render, render_passages
 from rag_rl.text import extract_answer
 from rag_rl.tiny import FOLDER
 from rag_rl.tiny.lessons import NO_HABITS, Habits, comparing, copying, lesson, reading, user
+from rag_rl.tiny.make_cross_encoder import make_cross_encoder
 from rag_rl.tiny.make_encoder import make_encoder
 from rag_rl.tiny.tokenizer import FIRST_PIECE, build_tokenizer
 from rag_rl.tiny.world import draw_world, name_parts, questions
@@ -40,7 +41,7 @@ BATCH, CONTEXT_WEIGHT, CONTEXT_SHARE = 48, 0.05, 0.15
 COPY_UNTIL, MIX_FROM = 600, 1_000
 # The encoder stopped early: the start of recipes whose teacher must know better than their retriever.
 YOUNG_STEPS = 100
-STAGES = ("encoder", "young_encoder", "base", "rivals", "habits")
+STAGES = ("encoder", "young_encoder", "cross_encoder", "base", "rivals", "habits")
 Row = tuple[list[int], list[float]]
 
 
@@ -412,6 +413,8 @@ def main() -> None:
         make_encoder(args.out / "encoder", seed=args.seed)
     if "young_encoder" in args.only:
         make_encoder(args.out / "encoder_young", steps=YOUNG_STEPS, seed=args.seed)
+    if "cross_encoder" in args.only:
+        make_cross_encoder(args.out / "cross_encoder", start=args.out / "encoder", seed=args.seed)
     if "base" in args.only:
         make_language_model("base", args.base, start=None, steps=args.base_steps, rate=2.5e-3, seed=args.seed)
     rivals = args.base / "rivals"

@@ -1,7 +1,9 @@
 """Writes the corpus and the questions of the tiny world: ``python -m rag_rl.tiny.make_data``.
 
 One corpus holds two worlds that share no entity: questions of the *demo* world are trained on, questions of the
-*held-out* world are evaluated on, and passages of each are distractors for the other.
+*held-out* world are evaluated on, and passages of each are distractors for the other. Beside questions in sentences
+there are the one-hop questions as keywords ("Falgabert home", "pride Waltaham"): what people type, and harder to find
+with.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rag_rl.tiny.world import World, draw_world, questions
+from rag_rl.tiny.world import RELATION, World, draw_world, questions
 
 SIZES = {"person": 120, "town": 70, "guild": 45, "river": 45}
 SEED = 2026
@@ -32,7 +34,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     """Everything that is written, by file name.
 
     Returns:
-        ``corpus.jsonl`` and, for each world and number of hops, a file of questions.
+        ``corpus.jsonl`` and, for each world, files of questions over one and two hops and of keywords.
     """
     worlds = demo_worlds()
     files: dict[str, list[dict[str, Any]]] = {
@@ -54,7 +56,32 @@ def rows() -> dict[str, list[dict[str, Any]]]:
                 }
                 for q in found
             ]
+        rng = random.Random(SEED)
+        files[f"{world.region}_keywords.jsonl"] = [
+            {**row, "qid": f"{row['qid']}-keywords", "question": keywords(row["chain"][0], row["relations"][0], rng)}
+            for row in files[f"{world.region}_1hop.jsonl"]
+        ]
     return files
+
+
+def keywords(subject: str, relation: str, rng: random.Random) -> str:
+    """What somebody types who is in a hurry.
+
+    Args:
+        subject: of whom something is asked.
+        relation: what is asked.
+        rng: decides what comes first.
+
+    Returns:
+        Two words.
+
+    Example:
+        >>> keywords("Waltaham", "goods", random.Random(1))
+        'pride Waltaham'
+    """
+    words = [subject, RELATION[relation].noun.removeprefix("the ").split()[0]]
+    rng.shuffle(words)
+    return " ".join(words)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ def load_cross_encoder(
     *,
     quantized: bool = False,
     max_length: int | None = None,
+    pooling: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> CrossEncoder:
@@ -33,6 +34,7 @@ def load_cross_encoder(
         name: Hub id or folder.
         quantized: body in NF4 with double quantisation; computed in bfloat16 on a GPU, in float32 on a CPU.
         max_length: override the limit of a pair, in tokens.
+        pooling: override what the head reads, "cls" or "mean", in a model whose config has ``classifier_pooling``.
         dtype: of the weights, e.g. bfloat16; by default the checkpoint's, quantised that of the computation.
         device: where to; by default a GPU where there is one.
 
@@ -41,7 +43,7 @@ def load_cross_encoder(
 
     Raises:
         DataError: it cannot be loaded.
-        ConfigError: no such dtype.
+        ConfigError: no such dtype, or a model whose pooling cannot be chosen.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {}
@@ -62,7 +64,13 @@ def load_cross_encoder(
                 bnb_4bit_compute_dtype=compute,
                 llm_int8_skip_modules=sorted({*_HEADS, *_declared_heads(name)}),
             )
-        model = CrossEncoder(name, num_labels=1, max_length=max_length, device=device, model_kwargs=options)
+        config: dict[str, Any] = {}
+        if pooling is not None:
+            _check_pooling(name)
+            config["classifier_pooling"] = pooling
+        model = CrossEncoder(
+            name, num_labels=1, max_length=max_length, device=device, model_kwargs=options, config_kwargs=config
+        )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"the cross-encoder {name} cannot be loaded: {error}") from error
     for module in model.modules():
@@ -186,6 +194,17 @@ def is_quantized(model: CrossEncoder) -> bool:
         Whether it was.
     """
     return getattr(model.transformers_model, "hf_quantizer", None) is not None
+
+
+def _check_pooling(name: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if not hasattr(config, "classifier_pooling"):
+        raise ConfigError(
+            f"reranker_pooling is for models whose config has classifier_pooling; leave it out: {name} is a "
+            f"{config.model_type}"
+        )
 
 
 def _declared_heads(name: str) -> list[str]:

@@ -3,7 +3,8 @@ r"""The loss that teaches a retriever a teacher's order of passages (Reinforced-
 .. math:: L = L_{rank} + \lambda_{ans} L_{ans} + \lambda_{norm} L_{norm}
 
 - :math:`L_{rank}`: ``plackett_luce.listwise_loss`` of each query's own G passages in the teacher's order, with the
-  passages of all other queries, of all processes, in every denominator.
+  passages of all other queries, of all processes, in every denominator. Where only the first of them is ranked, it is
+  contrastive learning (InfoNCE) with hard negatives.
 - :math:`L_{ans}`: a query against the augmentations of all queries, its own among them (InfoNCE).
 - :math:`L_{norm}`: mean of :math:`(\lVert a \rVert_2 - 1)^2` over augmentations; 0 where the encoder normalises.
 
@@ -47,6 +48,7 @@ def distillation_loss(
     augmentations: Tensor | None = None,
     *,
     augmented: Tensor | None = None,
+    ranked: Tensor | None = None,
     passage_ids: Tensor | None = None,
     temperature: float = 0.02,
     augmentation_temperature: float = 0.05,
@@ -60,6 +62,8 @@ def distillation_loss(
         passages: (B, G, D) vectors of each query's own passages in the teacher's order, best first.
         augmentations: (B, D) vectors; None: the two other terms are 0.
         augmented: (B,) False where a query has no augmentation; what stands there is not looked at. None for all.
+        ranked: (B,) int64, how many of a query's own passages stand in the teacher's order, from 1 to G; what follows
+            is a negative of all of those. With 1 the ranking loss is InfoNCE with hard negatives. None for all G.
         passage_ids: (B, G) int64, equal for equal passages of the whole batch. What is a query's own passage and also
             one of another query's is then no negative of it. None: every passage of another query is one.
         temperature: of the ranking, above 0.
@@ -79,7 +83,7 @@ def distillation_loss(
         >>> round(distillation_loss(queries, passages).total.item(), 4)  # log(2) / 2: its own two are alike
         0.3466
     """
-    _check(queries, passages, augmentations, augmented, passage_ids)
+    _check(queries, passages, augmentations, augmented, ranked, passage_ids)
     if temperature <= 0.0 or augmentation_temperature <= 0.0:
         raise ValueError(f"temperatures must be above 0, got {temperature} and {augmentation_temperature}")
     rank, world = _place(queries)
@@ -91,7 +95,7 @@ def distillation_loss(
         known = _gathered(passage_ids.flatten())
         mask = ~(passage_ids[:, :, None] == known).any(1)
         mask.scatter_(1, own, True)
-    ranking = listwise_loss(_scores(queries, everyone, temperature), own, mask=mask)
+    ranking = _ranking(_scores(queries, everyone, temperature), own, ranked, mask)
     contrast = norm = torch.zeros_like(ranking)
     if augmentations is not None:
         there = torch.ones(size, dtype=torch.bool, device=queries.device) if augmented is None else augmented
@@ -110,6 +114,21 @@ def distillation_loss(
         norm = off.where(there, torch.zeros_like(off)).sum() / count
     total = ranking + augmentation_weight * contrast + norm_weight * norm
     return DistillationLoss(total, ranking, contrast, norm)
+
+
+def _ranking(scores: Tensor, own: Tensor, ranked: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The mean over queries of the loss a pick, where queries may have different numbers of picks."""
+    if ranked is None:
+        return listwise_loss(scores, own, mask=mask)
+    lengths = ranked.unique().tolist()
+    if len(lengths) == 1:
+        return listwise_loss(scores, own[:, : lengths[0]], mask=mask)
+    total = torch.zeros((), dtype=scores.dtype, device=scores.device)
+    for length in lengths:
+        rows = (ranked == length).nonzero().flatten()
+        part = listwise_loss(scores[rows], own[rows, :length], mask=None if mask is None else mask[rows])
+        total = total + part * (len(rows) / len(scores))
+    return total
 
 
 def _scores(queries: Tensor, others: Tensor, temperature: float) -> Tensor:
@@ -165,6 +184,7 @@ def _check(
     passages: Tensor,
     augmentations: Tensor | None,
     augmented: Tensor | None,
+    ranked: Tensor | None,
     passage_ids: Tensor | None,
 ) -> None:
     if queries.ndim != 2 or passages.ndim != 3 or (len(passages), passages.shape[-1]) != tuple(queries.shape):
@@ -174,5 +194,9 @@ def _check(
         raise ValueError(f"augmentations must be (B, D), got {tuple(augmentations.shape)}")
     if augmented is not None and (augmented.shape != queries.shape[:1] or augmented.dtype != torch.bool):
         raise ValueError(f"augmented must be (B,) bool, got {tuple(augmented.shape)} {augmented.dtype}")
+    if ranked is not None and (
+        ranked.shape != queries.shape[:1] or not bool(((ranked >= 1) & (ranked <= passages.shape[1])).all())
+    ):
+        raise ValueError(f"ranked must be (B,) numbers from 1 to {passages.shape[1]}, got {ranked.tolist()}")
     if passage_ids is not None and passage_ids.shape != passages.shape[:2]:
         raise ValueError(f"passage_ids must be (B, G), got {tuple(passage_ids.shape)}")

@@ -49,6 +49,10 @@ class RerankerConfig(CrossEncoderTrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
+            # A cross-encoder's forward gives a BatchEncoding, in which DistributedDataParallel finds no tensor: it
+            # would take every parameter for an unused one, and stop when the first gradient comes.
+            self.ddp_find_unused_parameters = False
         if self.margin <= 0:
             raise ConfigError(f"margin must be above 0, got {self.margin}")
         if self.num_negatives < 1:

@@ -6,11 +6,15 @@ nDCG or by what a reader answers from them, and each gets its advantage within t
 
 All lists of a query come from the scores of one forward pass, which also carries the gradient: what samples is what is
 trained, exactly, and there is no ratio to clip. Expect a loss near 0; watch ``reward``.
+
+A policy that ranks at random finds no reward to compare: ``supervised_start`` teaches the cross-encoder first, where
+it is not one that was trained before.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +28,14 @@ from torch import Tensor, nn
 
 from rag_rl import metrics
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.reasoning.environment import Environment
 from rag_rl.trainers.plackett_luce import first_pick_entropy, log_prob, sample
 from rag_rl.trainers.reranker_config import RerankerConfig
-from rag_rl.trainers.reranker_trainer import RankedList, RerankerTrainer
+from rag_rl.trainers.reranker_trainer import PairSource, RankedList, RerankerTrainer
 from rag_rl.trainers.retriever_grpo_trainer import advantages_of
+from rag_rl.types import Hit, Passage, Query, Question
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,6 @@ class RerankerGRPOConfig(RerankerConfig):
     """Arguments of the trainer. ``per_device_train_batch_size`` counts queries, each with all of its candidates."""
 
     num_generations: int = field(default=16, metadata={"help": "G, orders sampled for a query; at least 2"})
-    top_k: int = field(default=5, metadata={"help": "k, candidates that an order picks"})
     alpha: float = field(
         default=1.0, metadata={"help": "temperature of the Plackett-Luce policy: logits are divided by it"}
     )
@@ -62,15 +69,25 @@ class RerankerGRPOConfig(RerankerConfig):
     advantage_baseline: Literal["mean", "leave_one_out"] = field(
         default="mean", metadata={"help": "what is subtracted from a reward: the group's mean, or that of the others"}
     )
+    start_steps: int = field(
+        default=0,
+        metadata={
+            "help": "supervised steps on the same rows before the reinforcement, with loss_type, num_negatives and "
+            "hard_share; 0 for a cross-encoder that is trained already"
+        },
+    )
+    start_learning_rate: float = field(
+        default=5e-5, metadata={"help": "start_steps: their learning rate, falling to 0"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_generations < 2:
             raise ConfigError(f"num_generations must be at least 2, got {self.num_generations}: a group is compared")
-        if self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {self.top_k}")
         if self.alpha <= 0:
             raise ConfigError(f"alpha must be above 0, got {self.alpha}")
+        if self.start_steps < 0:
+            raise ConfigError(f"start_steps must be at least 0, got {self.start_steps}")
 
 
 class NDCGReward:
@@ -105,6 +122,74 @@ class NDCGReward:
         ]
 
 
+class GivenHits:
+    """A retrieval policy that searches nothing: every search gets the list that was made for it.
+
+    Args:
+        lists: B lists of passages in reading order, for a rollout of B questions that each search once.
+    """
+
+    def __init__(self, lists: Sequence[Sequence[Passage]]) -> None:
+        self.lists = lists
+
+    def retrieve(self, queries: Sequence[Query]) -> list[tuple[list[Hit], Any]]:
+        """Gives the lists.
+
+        Args:
+            queries: B queries, in the order of the lists.
+
+        Returns:
+            B pairs of hits and None.
+
+        Raises:
+            ConfigError: there are other searches than lists.
+        """
+        if len(queries) != len(self.lists):
+            raise ConfigError(
+                f"reranking needs a reader that searches once for each question: it made {len(queries)} searches for "
+                f"{len(self.lists)} questions"
+            )
+        return [
+            ([Hit(passage, 1.0 / rank, rank) for rank, passage in enumerate(listed, start=1)], None)
+            for listed in self.lists
+        ]
+
+
+class PlayedReward:
+    """What an environment gives for an order: what a reader answers from the picked passages, or what they hold.
+
+    Args:
+        environment: of one search a question; it rewards what came out.
+        questions: of the trainer's lists, in their order.
+        candidates: the passages of each list.
+    """
+
+    def __init__(
+        self, environment: Environment, questions: Sequence[Question], candidates: Sequence[Sequence[Passage]]
+    ) -> None:
+        self.environment, self.questions, self.candidates = environment, questions, candidates
+
+    def __call__(self, orders: Sequence[Order]) -> list[float | None]:
+        """Plays the question of each order with its passages.
+
+        Args:
+            orders: N sampled orders.
+
+        Returns:
+            N rewards; None where the reader failed for one of them alone.
+
+        Raises:
+            BackendError: the reader's backend is broken.
+        """
+        # Groups repeat themselves the more, the surer the policy is.
+        distinct = list(dict.fromkeys(orders))
+        shown = [[self.candidates[order.number][place] for place in order.places] for order in distinct]
+        questions = [self.questions[order.number] for order in distinct]
+        found = self.environment.rewards(self.environment.rollout(questions, GivenHits(shown)))
+        rewards = dict(zip(distinct, found, strict=True))
+        return [rewards[order] for order in orders]
+
+
 class RerankerGRPOTrainer(RerankerTrainer):
     """Trains a cross-encoder from rewards of the orders that it samples.
 
@@ -113,11 +198,12 @@ class RerankerGRPOTrainer(RerankerTrainer):
         args: settings.
         lists: queries with their candidates; labels are read by the reward alone, if at all.
         reward: scores orders.
+        top_k: k, candidates that an order picks.
         evaluator: of ``eval_strategy``; None where that is off.
         callbacks: of the trainer.
 
     Raises:
-        ConfigError: a query with fewer candidates than ``top_k``, or fewer queries than a batch.
+        ConfigError: ``top_k`` below 1, a query with fewer candidates than that, or fewer queries than a batch.
         DataError: there is no query.
     """
 
@@ -130,15 +216,18 @@ class RerankerGRPOTrainer(RerankerTrainer):
         args: RerankerGRPOConfig,
         lists: Sequence[RankedList],
         reward: OrderReward,
+        top_k: int,
         evaluator: BaseEvaluator | None = None,
         callbacks: Sequence[Any] | None = None,
     ) -> None:
         if not lists:
             raise DataError("there is no query to train on")
+        if top_k < 1:
+            raise ConfigError(f"retriever_top_k must be at least 1, got {top_k}")
         for query, texts, _ in lists:
-            if len(texts) < args.top_k:
-                raise ConfigError(f"top_k is {args.top_k}, above the {len(texts)} candidates of query {query!r}")
-        self.reward = reward
+            if len(texts) < top_k:
+                raise ConfigError(f"retriever_top_k is {top_k}, above the {len(texts)} candidates of query {query!r}")
+        self.reward, self.top_k = reward, top_k
         self._pending: dict[str, list[float]] = defaultdict(list)
         # The policy that samples must be the policy that is trained, and the one that is measured.
         for module in model.modules():
@@ -161,7 +250,7 @@ class RerankerGRPOTrainer(RerankerTrainer):
     ) -> Tensor:
         """Samples orders, has them rewarded, and returns minus the mean of advantage times log-probability.
 
-        The mean runs over the orders of groups whose rewards differ; the others teach nothing.
+        The mean runs over the orders of groups whose rewards differ, of all processes; the others teach nothing.
 
         Args:
             model: the cross-encoder, possibly wrapped.
@@ -181,7 +270,7 @@ class RerankerGRPOTrainer(RerankerTrainer):
         noise = torch.stack([self._gumbel(number, group, scores.shape[1]) for number in numbers])  # (B, G, K)
         pool = scores[:, None].expand(-1, group, -1)
         valid = mask[:, None].expand(-1, group, -1)
-        picks = sample(pool, args.top_k, mask=valid, noise=noise.to(pool))
+        picks = sample(pool, self.top_k, mask=valid, noise=noise.to(pool))
         orders = [
             Order(number, tuple(places))
             for number, lists in zip(numbers, picks.tolist(), strict=True)
@@ -195,8 +284,10 @@ class RerankerGRPOTrainer(RerankerTrainer):
         self._note(table, varied, first_pick_entropy(scores.detach(), mask=mask))
         used = (torch.isfinite(table) & varied[:, None]).to(scores.device)
         terms = log_prob(pool, picks, mask=valid) * advantages.to(scores)
+        # Processes average their gradients, so that each one's share of the sum is counted as often as there are any.
+        count = self.accelerator.reduce(used.sum(), reduction="sum").clamp_min(1)
         # Every process takes part in the backward pass, also one whose groups all taught nothing.
-        return -torch.where(used, terms, 0.0).sum() / used.sum().clamp_min(1)
+        return -torch.where(used, terms, 0.0).sum() * self.accelerator.num_processes / count
 
     def _scores(
         self, model: nn.Module, queries: Sequence[str], documents: Sequence[Sequence[str]]
@@ -245,6 +336,52 @@ class RerankerGRPOTrainer(RerankerTrainer):
                 sums = [one[name] for one in everyone if name in one]
                 logs = {**logs, name: sum(s for s, _ in sums) / sum(n for _, n in sums)}
         super().log(logs, start_time)
+
+
+def supervised_start(
+    model: CrossEncoder, pairs: PairSource, args: RerankerGRPOConfig, *, resumed: bool = False
+) -> None:
+    """Teaches a cross-encoder from labels before it is reinforced, in place; does nothing without ``start_steps``.
+
+    Args:
+        model: with one output.
+        pairs: draws the documents of a query.
+        args: of the reinforcement; ``start_steps``, ``start_learning_rate``, loss and batches are read.
+        resumed: whether the reinforcement goes on from a checkpoint, which holds what was learnt here.
+
+    Raises:
+        ConfigError: fewer queries than a batch.
+    """
+    if resumed or not args.start_steps:
+        return
+    logger.info("%d supervised steps before the reinforcement", args.start_steps)
+    taught = RerankerConfig(
+        output_dir=args.output_dir,
+        max_steps=args.start_steps,
+        learning_rate=args.start_learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(20, args.start_steps // 10),
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+        max_grad_norm=args.max_grad_norm,
+        weight_decay=args.weight_decay,
+        loss_type=args.loss_type,
+        margin=args.margin,
+        num_negatives=args.num_negatives,
+        num_positives=args.num_positives,
+        hard_share=args.hard_share,
+        mini_batch_size=args.mini_batch_size,
+        seed=args.seed,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        use_cpu=args.use_cpu,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=args.disable_tqdm,
+    )
+    RerankerTrainer(model=model, args=taught, pairs=pairs).train()
 
 
 class _Whole:

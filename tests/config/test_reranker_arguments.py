@@ -12,6 +12,7 @@ def test_defaults():
     args = RerankerArguments()
     assert (args.train_file, args.valid_file, args.valid_size) == (None, None, 0.1)
     assert (args.reranker_train, args.reranker_candidates, args.reranker_false_negative_margin) == ("full", 20, None)
+    assert (args.reranker_pooling, args.reranker_retriever_weight) == (None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ def test_defaults():
         ({"reranker_lora_r": 0}, "reranker_lora_r must be at least 1, got 0"),
         ({"valid_size": 0.0}, "valid_size must be above 0, got 0.0"),
         ({"reranker_false_negative_margin": -0.1}, r"must lie in \[0, 1\], got -0.1"),
+        ({"reranker_retriever_weight": 1.1}, r"reranker_retriever_weight must lie in \[0, 1\], got 1.1"),
         ({"valid_file": "v.jsonl"}, "valid_file is set, but train_file is not"),
     ],
 )

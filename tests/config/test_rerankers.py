@@ -7,15 +7,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from rag_rl.config.arguments import DataArguments, RetrieverArguments
+from rag_rl.config.arguments import DataArguments, ReaderArguments, RetrieverArguments
 from rag_rl.config.reranker_arguments import RerankerArguments
-from rag_rl.config.rerankers import build_cross_encoder, build_pairs, build_reranked, settle_adapter
+from rag_rl.config.rerankers import (
+    build_cross_encoder,
+    build_pairs,
+    build_ranking_environment,
+    build_reranked,
+    settle_adapter,
+)
 from rag_rl.data import load_questions
 from rag_rl.data.pairs import RETRIEVED
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.reasoning import HopRecord, SingleSearch, Trajectory
 from rag_rl.retrieval import StaticRetriever
 from rag_rl.tiny import FOLDER
-from rag_rl.types import Hit, Passage
+from rag_rl.types import Hit, Passage, Query, Question
 
 TINY = {
     "data_corpus": "${tiny}/data/corpus.jsonl",
@@ -144,6 +151,73 @@ def test_an_adapter_over_a_folder_is_merged_and_one_over_the_hub_kept(merged):
         settle_adapter(model, merged=False)
         assert not model.transformers_model._hf_peft_config_loaded
     settle_adapter(model, merged=True)  # without an adapter there is nothing to do
+
+
+def test_pooling_is_chosen_where_the_model_has_a_choice():
+    pooled = {
+        pooling: build_cross_encoder(
+            RerankerArguments(reranker_model="${tiny}/encoder", reranker_pooling=pooling), use_cpu=True
+        ).transformers_model.config.classifier_pooling
+        for pooling in ("cls", "mean", None)
+    }
+    assert pooled == {"cls": "cls", "mean": "mean", None: "cls"}
+
+
+# ---- what rewards an order
+
+
+def reader(**changes) -> ReaderArguments:
+    return ReaderArguments(**{"reader_name": "scripted", **changes})
+
+
+def test_environments():
+    asked = Question("q", "Query?", ("Elm",), ("g",), meta={"decomposition": [{"question": "Query?"}]})
+    hop = HopRecord(Query("Query?"), [Hit(Passage("g", "Elm."), 1.0, 1)], "Elm", "found")
+    trajectory = Trajectory(asked, [hop], answer="the Elm tree")
+    values = {
+        name: build_ranking_environment(reader(reader_reward=name)).reward(trajectory)
+        for name in ("f1", "ndcg", "recall", "constant", "rag_rl.reasoning:f1_reward")
+    }
+    assert values == {
+        "f1": pytest.approx(2 / 3),
+        "ndcg": 1.0,
+        "recall": 1.0,
+        "constant": 1.0,
+        "rag_rl.reasoning:f1_reward": pytest.approx(2 / 3),
+    }
+    assert build_ranking_environment(reader()).max_hops == 1
+    alone = build_ranking_environment(reader(reader_name="none", reader_reward="ndcg"))
+    assert isinstance(alone.reader, SingleSearch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"reader_reward": "bleu"},
+            "reader_reward must be one of f1, ndcg, .*, or package.module:attribute, got 'bleu'",
+        ),
+        ({"reader_name": "none"}, "reader_name none answers nothing: set reader_reward to ndcg"),
+        ({"reader_name": "react"}, "reader_name react words its own searches"),
+        ({"reader_name": "decomposition"}, "set reader_model"),
+    ],
+)
+def test_environments_that_mean_nothing(changes, expected):
+    with pytest.raises(ConfigError, match=expected):
+        build_ranking_environment(reader(**changes))
+
+
+# ---- a reranker in use
+
+
+def test_a_run_folder_brings_its_weight_along(tmp_path):
+    build_cross_encoder(START, use_cpu=True).save_pretrained(str(tmp_path))
+    inner = StaticRetriever({})
+    assert build_reranked(inner, str(tmp_path), candidates=3).retriever_weight == 0.0
+    (tmp_path / "resolved_config.yaml").write_text("seed: 1\n")
+    assert build_reranked(inner, str(tmp_path), candidates=3).retriever_weight == 0.0
+    (tmp_path / "resolved_config.yaml").write_text("reranker_retriever_weight: 0.3\n")
+    assert build_reranked(inner, str(tmp_path), candidates=3).retriever_weight == 0.3
 
 
 def test_a_trained_reranker_on_top_of_a_retriever(tmp_path):

@@ -9,7 +9,9 @@ from collections import Counter
 import pytest
 
 from rag_rl.data.pairs import (
+    ANSWERS,
     RETRIEVED,
+    RETRIEVED_SCORES,
     PairRow,
     PairSampler,
     check_leakage,
@@ -296,7 +298,10 @@ OTHERS = [Passage(name, f"Text {name}.") for name in "abcd"]
 
 def test_mining_searches_once_and_spares_the_gold():
     retriever = Scored((OTHERS[0], 0.9), (GOLD, 0.8), (Passage("copy", "title the GOLD."), 0.7), (OTHERS[1], 0.6))
-    asked = [Question(f"q{i}", f"Query {i}?", (), ("g", "absent"), meta={"source_chunk": "c"}) for i in range(3)]
+    answers = [("Elm",), (), ()]
+    asked = [
+        Question(f"q{i}", f"Query {i}?", answers[i], ("g", "absent"), meta={"source_chunk": "c"}) for i in range(3)
+    ]
     rows = mine_pairs(asked, retriever, passages=iter([*OTHERS, GOLD]), top_k=4)
     assert retriever.calls == [(["Query 0?", "Query 1?", "Query 2?"], 4)]
     assert rows[1] == PairRow(
@@ -304,8 +309,9 @@ def test_mining_searches_once_and_spares_the_gold():
         (Passage("g", "Title\nThe gold."),),
         (Passage("a", "Text a."), Passage("b", "Text b.")),
         "c",
-        {"qid": "q1", RETRIEVED: ["a", "g", "copy", "b"]},
+        {"qid": "q1", RETRIEVED: ["a", "g", "copy", "b"], RETRIEVED_SCORES: [0.9, 0.8, 0.7, 0.6]},
     )
+    assert rows[0].meta[ANSWERS] == ["Elm"], "what a reader's reward needs; a question without answers has none"
 
 
 def test_the_margin_leaves_out_what_scores_like_the_gold():

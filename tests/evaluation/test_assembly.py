@@ -301,3 +301,19 @@ def test_another_model_is_loaded_where_it_is_asked(prompt, retriever):
     assert assembly.generator is None
     with pytest.raises(DataError, match="cannot load the model"):
         OtherModel(assembly, "no/such/model").under_training(trainer, batch_size=2)
+
+
+@pytest.mark.parametrize("order", ["ranked", "reversed", "shuffled"])
+def test_more_may_be_searched_for_than_is_shown(prompt, retriever, order):
+    shallow = Assembly(retriever=retriever, prompt=prompt, top_k=2, order=order)
+    deep = Assembly(retriever=retriever, prompt=prompt, top_k=2, depth=10, order=order)
+    (shown,), (asked,) = shallow.prepare([QUESTION]), deep.prepare([QUESTION])
+    assert (asked.prompt, asked.shown) == (shown.prompt, shown.shown), "the generator sees the same"
+    assert [hit.passage for hit in asked.hits] == [ELMTON, GALTON, BORTON]
+    assert [hit.passage for hit in shown.hits] == [ELMTON, GALTON]
+    limited = Assembly(
+        retriever=retriever, prompt=prompt, top_k=2, depth=3, order=order, max_prompt_tokens=15, count_tokens=words
+    )
+    (cut,) = limited.prepare([QUESTION])
+    assert BORTON not in [hit.passage for hit in cut.shown]
+    assert cut.cut > 0

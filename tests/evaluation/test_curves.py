@@ -8,7 +8,15 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from rag_rl.errors import DataError
-from rag_rl.evaluation.curves import curve_panels, draw_curves, nice_ticks, smoothed, svg_curve, training_curves
+from rag_rl.evaluation.curves import (
+    curve_panels,
+    draw_curves,
+    nice_ticks,
+    series_svg,
+    smoothed,
+    svg_curve,
+    training_curves,
+)
 
 # Two steps of a GRPO run as TRL 1.12 logs it, and the totals that end every run.
 LOG = [
@@ -242,3 +250,37 @@ def test_png_replaces_an_old_one(tmp_path):
 def test_png_into_no_folder(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         draw_curves(LOG, tmp_path / "missing" / "curves.png")
+
+
+def test_curves_of_several_runs():
+    long = [(step, step / 40) for step in range(1, 41)]
+    series = [("one & <two>", long, "var(--series-1)", ""), ("short", [(5, 2.0)], "var(--series-2)", "7 3")]
+    root = ET.fromstring(series_svg(series, "Reward", unit="mean of a batch"))
+    lines = [element for element in root.iter() if element.tag == "polyline"]
+    assert [line.get("stroke") for line in lines] == ["var(--series-1)"], "one point makes no line"
+    assert len(lines[0].get("points").split()) == 40
+    dots = [element for element in root.iter() if element.tag == "circle"]
+    assert [dot.get("fill") for dot in dots] == ["var(--series-2)"]
+    said = root.get("aria-label")
+    assert "Reward, one & <two>: 0.025 at step 1, 1 at step 40" in said
+    assert "Reward, short: 2 at step 5" in said
+    dashed = ET.fromstring(series_svg([("a", long, "red", "7 3")], "Reward"))
+    assert [e.get("stroke-dasharray") for e in dashed.iter() if e.tag == "polyline"] == ["7 3"]
+
+
+def test_all_curves_of_a_picture_have_room():
+    series = [("low", [(1, -3.0), (2, -2.0)], "red", ""), ("high", [(50, 7.0), (60, 9.0)], "blue", "")]
+    root = ET.fromstring(series_svg(series, "Reward"))
+    width, height = (float(x) for x in root.get("viewBox").split()[2:])
+    for line in (element for element in root.iter() if element.tag == "polyline"):
+        for point in line.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= width
+            assert 0 <= y <= height
+
+
+def test_no_curves_and_curves_without_points():
+    with pytest.raises(DataError, match="picture 'Reward' has no curves"):
+        series_svg([], "Reward")
+    with pytest.raises(DataError, match="curve 'Reward' of 'b' has no points"):
+        series_svg([("a", [(1, 1.0)], "red", ""), ("b", [], "red", "")], "Reward")

@@ -17,7 +17,9 @@ from rag_rl.evaluation.report import (
     baseline_words,
     change_in_words,
     choose_examples,
+    example_card,
     pick_main_metric,
+    write_page,
     write_report,
 )
 from rag_rl.evaluation.scoring import confidence_intervals, mean_metrics
@@ -512,3 +514,34 @@ def test_further_sections_stand_between_curves_and_examples(tmp_path):
     page = report(tmp_path, sections=["<section><h2>Agreement &amp; more</h2></section>"])
     heads = re.findall(r"<h2>(.*?)</h2>", page)
     assert heads.index("Training") + 1 == heads.index("Agreement &amp; more") == heads.index("Examples") - 1
+
+
+def test_a_card_of_two_other_sides():
+    other = [{"doc_id": "d7", "title": "", "text": "Borton.", "score": 0.1}]
+    one, two = row(0, False), {**row(0, True), "passages": other}
+    said = Reader(example_card(3, "wrong by a<b, right by c", one, two, "em", ("a<b", "c"))).said
+    assert "3. wrong by a<b, right by c · q0" in said
+    assert "a<b: wrong Orl" in said
+    assert "2 passages shown by a<b, 1 of 1 gold document among them" in said
+    assert "1 passage shown by c, 0 of 1 gold document among them" in said
+    assert said.index("shown by a<b") < said.index("c: right"), "each under its own answer"
+
+
+def test_a_card_of_a_chain_and_a_single_answer():
+    steps = [{"analysis": "a", "query": "b", "doc_ids": ["d1", "d2"]}, {"analysis": "c", "answer": "Mira"}]
+    chain = {**row(0, True), "steps": steps}
+    said = Reader(example_card(1, "gained", row(0, False), chain, "em", ("once", "chain"))).said
+    assert "2 passages shown by once" in said
+    assert "2 passages found, 1 of 1 gold document among them" in said
+
+
+def test_where_nobody_answers_no_answer_is_missed():
+    searched = {**row(0, False), "answer": None, "reply": "", "scores": {"ndcg@10": 0.4}}
+    assert "no answer" not in Reader(example_card(1, "wrong", None, searched, "ndcg@10")).said
+    silent = {**row(0, False), "answer": None, "reply": ""}
+    assert "no answer" in Reader(example_card(1, "wrong", None, silent, "em")).said
+
+
+def test_page_in_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="its folder does not exist"):
+        write_page(tmp_path / "none" / "page.html", title="t", body="")

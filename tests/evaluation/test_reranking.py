@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from rag_rl.data import PairRow
-from rag_rl.data.pairs import RETRIEVED
+from rag_rl.data.pairs import ANSWERS, RETRIEVED, RETRIEVED_SCORES
 from rag_rl.errors import ConfigError, DataError
 from rag_rl.evaluation.reranking import RerankingAssembly
 from rag_rl.evaluation.scoring import evaluate
+from rag_rl.reasoning import DecompositionReader, Environment, Failure, SingleSearch, retrieval_reward
 from rag_rl.tiny import FOLDER
+from rag_rl.trainers.reranker_grpo import Order
 from rag_rl.types import Passage
 
 
@@ -77,6 +79,76 @@ def test_lists_are_in_the_retrievers_order():
     )
 
 
+def test_the_retrievers_scores_are_kept_and_can_have_a_part_in_the_order():
+    mined = PairRow(
+        "one", (Passage("a", "a."),), (Passage("b", "b."),), meta={RETRIEVED: ["b", "a"], RETRIEVED_SCORES: [0.9, 0.2]}
+    )
+    table = Scores(a=3.0, b=1.0)
+    for weight, order in ((0.0, ["a", "b"]), (0.4, ["a", "b"]), (0.6, ["b", "a"])):
+        assembly = RerankingAssembly([mined], top_k=2, retriever_weight=weight)
+        (row,) = evaluate(assembly, assembly.questions).rows
+        assert [p["score"] for p in row["passages"]] == [0.9, 0.2]
+        (row,) = evaluate(assembly.with_cross_encoder(table), assembly.questions).rows
+        assert [p["doc_id"] for p in row["passages"]] == order
+
+
+def test_the_start_of_a_reinforced_reranker_is_what_it_is_measured_against():
+    assembly = RerankingAssembly(MINED, top_k=1)
+    trainer = SimpleNamespace(model=Scores(a=9.0, x=9.0))
+    start = evaluate(assembly.against_start().under_training(trainer, batch_size=1), assembly.questions)
+    assert start.metrics["mrr@10"] == 1.0
+    assert list(assembly.against_start().baselines()) == ["retriever"]
+    found = evaluate(assembly.baselines()["retriever"].under_training(trainer, batch_size=1), assembly.questions)
+    assert found.metrics["mrr@10"] == 0.5
+    assert RerankingAssembly([row("one", "a", "b c")], top_k=2).baselines() == {}, "nobody knows a retriever's order"
+
+
+ANSWERED = [
+    PairRow(query, (Passage(gold, f"{gold}."),), (Passage("b", "b."),), meta={RETRIEVED: ["b", gold], ANSWERS: [gold]})
+    for query, gold in (("one", "a"), ("two", "x"))
+]
+
+
+def test_what_is_ranked_first_is_read():
+    environment = Environment(DecompositionReader(), max_hops=1)
+    assembly = RerankingAssembly(ANSWERED, top_k=1, environment=environment)
+    assert assembly.questions[0].answers == ("a",)
+    by_retriever = evaluate(assembly, assembly.questions)
+    assert (by_retriever.metrics["f1"], by_retriever.metrics["mrr@10"]) == (0.0, 0.5)
+    found = evaluate(assembly.with_cross_encoder(Scores(a=1.0, x=-1.0)), assembly.questions)
+    assert [one["scores"]["em"] for one in found.rows] == [1.0, 0.0]
+    assert (found.rows[0]["answer"], found.rows[0]["reply"]) == ("a", "a")
+    reward = assembly.reward()
+    assert reward([Order(0, (1,)), Order(0, (0,)), Order(1, (1,))]) == [1.0, 0.0, 1.0]
+
+
+def test_judgements_reward_an_order_that_nobody_reads():
+    environment = Environment(SingleSearch(), max_hops=1, reward=retrieval_reward("ndcg"))
+    assembly = RerankingAssembly(MINED, top_k=1, environment=environment)
+    assert "em" not in evaluate(assembly, assembly.questions).metrics
+    assert assembly.reward()([Order(1, (1,)), Order(1, (0,))]) == [1.0, 0.0]
+    with pytest.raises(ConfigError, match="an order is rewarded by an environment, and there is none"):
+        RerankingAssembly(MINED, top_k=1).reward()
+
+
+class Silent(DecompositionReader):
+    """Fails for the question "one"."""
+
+    def observe(self, trajectories, searches, hits):
+        told = super().observe(trajectories, searches, hits)
+        return [
+            Failure("down") if t.question.question == "one" else o for t, o in zip(trajectories, told, strict=True)
+        ]
+
+
+def test_a_reader_that_failed_is_no_score():
+    assembly = RerankingAssembly(ANSWERED, top_k=1, environment=Environment(Silent(), max_hops=1))
+    found = evaluate(assembly, assembly.questions)
+    assert set(found.rows[0]["scores"].values()) == {None}
+    assert found.metrics["f1"] == found.rows[1]["scores"]["f1"]
+    assert assembly.reward()([Order(0, (1,)), Order(1, (1,))]) == [None, 1.0]
+
+
 def test_candidates_of_one_kind_have_no_pairs():
     assembly = RerankingAssembly([row("one", "lost", "b", "b")], top_k=1)
     scores = evaluate(assembly, assembly.questions).rows[0]["scores"]
@@ -102,5 +174,12 @@ def test_bad_input():
         RerankingAssembly(MINED, top_k=0)
     with pytest.raises(DataError, match="there is no query to evaluate on"):
         RerankingAssembly([], top_k=1)
-    with pytest.raises(DataError, match=r"2 of 3 held-out rows have the retriever's order in their meta"):
+    with pytest.raises(DataError, match=r"2 of 3 rows have the retriever's order in their meta"):
         RerankingAssembly([*MINED, row("three", "a", "b")], top_k=1)
+    with pytest.raises(DataError, match="reranker_retriever_weight needs the retriever's scores: mine the rows"):
+        RerankingAssembly(MINED, top_k=1, retriever_weight=0.5)
+    with pytest.raises(DataError, match=r"no row has accepted answers in its meta \('answers'\)"):
+        RerankingAssembly(MINED, top_k=1, environment=Environment(DecompositionReader(), max_hops=1))
+    short = PairRow("q", (Passage("a", "a."),), meta={RETRIEVED: ["a"], RETRIEVED_SCORES: []})
+    with pytest.raises(DataError, match="query 'q': retrieved_scores has 0 values for 1 documents"):
+        RerankingAssembly([short], top_k=1)

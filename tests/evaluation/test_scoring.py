@@ -292,6 +292,13 @@ def test_differences_are_about_answers_and_questions_that_both_scored():
         answer_differences(baseline, trained[1:])
 
 
+def test_where_nobody_answers_what_was_found_is_compared():
+    bare = [{"qid": str(i), "scores": {"ndcg@10": value}} for i, value in enumerate([0.0, 0.5])]
+    trained = [{"qid": str(i), "scores": {"ndcg@10": value, "words": 3.0}} for i, value in enumerate([0.5, 1.0])]
+    found = answer_differences(bare, trained)
+    assert found == {"ndcg@10": {"difference": 0.5, "ci95": [0.5, 0.5]}}
+
+
 def test_rows_survive_their_file(tmp_path, assembly):
     rows = evaluate(assembly, QUESTIONS).rows
     rows[0]["reply"] = "Zürich\u2028\n„Mira“"
@@ -315,3 +322,15 @@ def test_a_failed_write_leaves_the_old_rows(tmp_path):
     with pytest.raises(TypeError):
         write_rows(path, [*rows_of([0.0]), {"qid": object()}])
     assert read_rows(path) == rows_of([1.0])
+
+
+def test_recall_is_of_what_is_shown_and_gain_of_what_is_found():
+    from rag_rl.evaluation.scoring import retrieval_scores
+    from rag_rl.types import Hit
+
+    chunks = [Passage("d1", "one"), Passage("d1", "two", chunk=1), Passage("d2", "three"), Passage("d3", "four")]
+    hits = [Hit(passage, 1.0 / rank, rank) for rank, passage in enumerate(chunks, start=1)]
+    found = retrieval_scores(hits, ["d2", "d3"], top_k=2)
+    assert (found["recall@2"], found["success@2"]) == (0.0, 0.0), "two chunks of one document are shown"
+    assert found["mrr@10"] == 0.5, "in a ranking of documents the second one is the first that is gold"
+    assert found["ndcg@10"] == pytest.approx((1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3)))

@@ -6,7 +6,7 @@ import pytest
 
 from rag_rl.errors import ConfigError
 from rag_rl.generation import ScriptedGenerator
-from rag_rl.generation.ranking import ListwiseRanker, Ranking, parse_ranking
+from rag_rl.generation.ranking import LikelihoodRanker, ListwiseRanker, Ranking, parse_ranking
 from rag_rl.types import Generation
 
 
@@ -73,3 +73,78 @@ def test_prompts_that_do_not_fit(tmp_path):
         ListwiseRanker(ScriptedGenerator([]), prompt=str(path))
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         ListwiseRanker(ScriptedGenerator([]), max_passage_words=0)
+
+
+# ---- by likelihood
+
+
+@pytest.fixture(scope="module")
+def reader():
+    from rag_rl.generation import TransformersGenerator
+    from rag_rl.tiny import FOLDER
+
+    return TransformersGenerator.from_pretrained(str(FOLDER / "reader"), device="cpu", batch_size=3)
+
+
+PASSAGES = [
+    "Kelsabert is by craft a painter. The home of Kelsabert is Gilawick.",
+    "Dunnedric lives in Waloton. Dunnedric works as a weaver.",
+    "Waloton lies on the Elmabrook.",
+    "Seldaham is known for tin.",
+]
+
+
+def test_a_passage_goes_first_for_which_the_query_is_likely(reader):
+    ranker = LikelihoodRanker(reader, prompt="tiny_question")
+    queries = ["Where does Dunnedric live?", "What is Seldaham known for?", "What is the craft of Kelsabert?"]
+    found = ranker.rank(queries, [PASSAGES, PASSAGES[1:], PASSAGES[:2]])
+    assert [one.order[0] for one in found] == [1, 2, 0]
+    assert [sorted(one.order) for one in found] == [[0, 1, 2, 3], [0, 1, 2], [0, 1]]
+    assert not any(one.repaired for one in found)
+    assert (ranker.unreadable, ranker.missing) == (0, 0)
+
+
+def test_log_probabilities_are_the_models_own(reader):
+    import torch
+
+    ranker = LikelihoodRanker(reader, prompt="tiny_question")
+    asked = [
+        (f"Write a question about this passage.\n{text}", query)
+        for text, query in zip(PASSAGES, ["Where does he live?", "Who?", "What is Waloton?", "Why?"], strict=True)
+    ]
+    found = ranker._log_probs(asked)
+    for (content, query), score in zip(asked, found, strict=True):
+        start = reader.encode([[{"role": "user", "content": content}]])[0]
+        reply = reader.tokenizer(query, add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            logits = reader.model(input_ids=torch.tensor([start + reply])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[len(start) + i - 1, token]) for i, token in enumerate(reply))
+        assert score == pytest.approx(expected, abs=1e-3)
+
+
+def test_fields_of_the_prompt(reader, tmp_path):
+    prompt = tmp_path / "ask.txt"
+    prompt.write_text("$task A $query_type of $length words: $passage")
+    ranker = LikelihoodRanker(reader, prompt=str(prompt), fields={"query_type": "claim"}, max_passage_words=2)
+    assert ranker._prompt("who is it", "one two three", "Find it.") == "Find it. A claim of 3 words: one two"
+    assert LikelihoodRanker(reader).rank([], []) == []
+
+
+def test_what_a_likelihood_needs(reader, tmp_path):
+    with pytest.raises(ConfigError, match="needs a model in this process, not ScriptedGenerator: rank listwise"):
+        LikelihoodRanker(ScriptedGenerator(["x"]), prompt="tiny_question")
+    with pytest.raises(ConfigError, match="max_passage_words must be at least 1"):
+        LikelihoodRanker(reader, max_passage_words=0)
+    with pytest.raises(ConfigError, match=r"\$passage"):
+        LikelihoodRanker(reader, prompt="augment_query")
+    (tmp_path / "odd.txt").write_text("$passage $colour")
+    with pytest.raises(ConfigError, match="asks for"):
+        LikelihoodRanker(reader, prompt=str(tmp_path / "odd.txt"))
+
+
+def test_a_passage_longer_than_the_context(reader):
+    from rag_rl.errors import DataError
+
+    ranker = LikelihoodRanker(reader, prompt="tiny_question", max_passage_words=5000)
+    with pytest.raises(DataError, match="longer than"):
+        ranker.rank(["Who?"], [["word " * 4000]])

@@ -124,7 +124,24 @@ def test_with_lora_a_judge_and_without_the_outcome(run_here, brief, tmp_path):
     assert "judge_accuracy" in metrics_of(tmp_path / "run")["after"]
 
 
-# ---- slow: interruptions, two processes
+# ---- slow: the control, interruptions, two processes
+
+
+@pytest.mark.slow
+def test_a_constant_reward_teaches_nothing(run_here, brief, tmp_path):
+    """Advantages are whitened, so that even a constant moves the weights: by chance, and not towards answers."""
+    gains = []
+    for seed in (1, 2, 3):
+        folder = tmp_path / str(seed)
+        flags = brief(
+            max_steps=6, per_device_train_batch_size=64, data_train_size=None, data_eval_size=150, save_steps=6,
+            step_reward="constant", reasoner_baselines="no_retrieval", reasoner_max_steps=5, updates_per_round=4,
+        )  # fmt: skip
+        assert run_here(RECIPE, *flags, "--seed", seed, "--output_dir", folder) == 0
+        found = metrics_of(folder)
+        gains.append(found["after"]["em"] - found["before"]["em"])
+        assert {entry["reward"] for entry in history_of(folder)} == {1.0}
+    assert sum(gains) / 3 <= 0.03
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from rag_rl.errors import BackendError, ConfigError
 from rag_rl.retrieval import CachedRetriever, RerankedRetriever, StaticRetriever
 from rag_rl.tiny import FOLDER
-from rag_rl.types import Passage, Query, Retriever
+from rag_rl.types import Hit, Passage, Query, Retriever
 
 PASSAGES = [Passage(f"d{i}", f"Text {i}.", "Title" if i == 2 else "") for i in range(6)]
 
@@ -52,6 +52,35 @@ def test_equal_scores_keep_the_retrievers_order(static):
     assert ids(RerankedRetriever(static, Scores({}), candidates=3).search(["two"], top_k=3)[0]) == ["d5", "d4", "d3"]
 
 
+class Found:
+    """Finds the same three documents for everything, with scores."""
+
+    def search(self, queries, *, top_k, exclude=None):
+        scored = zip(PASSAGES[:3], (0.9, 0.8, 0.1), strict=True)
+        return [[Hit(p, score, rank) for rank, (p, score) in enumerate(scored, start=1)] for _ in queries]
+
+
+def test_the_retrievers_score_has_a_part_in_the_order():
+    # Standardised, the retriever's are 0.84, 0.56, -1.40, and the cross-encoder's -1.22, 0.00, 1.22.
+    scorer = Scores({"Text 0.": 1.0, "Text 1.": 2.0, "Title\nText 2.": 3.0})
+    orders = {
+        weight: RerankedRetriever(Found(), scorer, candidates=3, retriever_weight=weight).search(["q"], top_k=3)[0]
+        for weight in (0.0, 0.5, 1.0)
+    }
+    assert {weight: ids(hits) for weight, hits in orders.items()} == {
+        0.0: ["d2", "d1", "d0"],
+        0.5: ["d1", "d2", "d0"],
+        1.0: ["d0", "d1", "d2"],
+    }
+    assert [hit.score for hit in orders[0.0]] == [3.0, 2.0, 1.0]
+    own = [0.9 - 0.6, 0.8 - 0.6, 0.1 - 0.6]
+    spread = (sum(x * x for x in own) / 3) ** 0.5
+    assert orders[0.5][0].score == pytest.approx(0.5 * own[1] / spread)
+    # Candidates that the cross-encoder does not tell apart keep the retriever's order.
+    same = RerankedRetriever(Found(), Scores({}), candidates=3, retriever_weight=0.5)
+    assert ids(same.search(["q"], top_k=3)[0]) == ["d0", "d1", "d2"]
+
+
 def test_more_than_the_candidates_can_be_asked_for(static):
     assert len(RerankedRetriever(static, Scores({}), candidates=2).search(["one"], top_k=5)[0]) == 5
 
@@ -81,6 +110,8 @@ def test_numbers_that_mean_nothing(static, options):
         RerankedRetriever(static, Scores({}), **options)
     with pytest.raises(ConfigError, match="retriever_top_k must be at least 1, got 0"):
         RerankedRetriever(static, Scores({}), candidates=1).search(["one"], top_k=0)
+    with pytest.raises(ConfigError, match=r"reranker_retriever_weight must lie in \[0, 1\], got 1.5"):
+        RerankedRetriever(static, Scores({}), candidates=1, retriever_weight=1.5)
 
 
 def test_its_answers_can_be_cached(static):
@@ -90,6 +121,8 @@ def test_its_answers_can_be_cached(static):
     assert len(scorer.asked) == 1
     other = RerankedRetriever(static, scorer, candidates=5)
     assert other.fingerprint != cached.fingerprint
+    weighted = RerankedRetriever(static, scorer, candidates=4, retriever_weight=0.5)
+    assert weighted.fingerprint != cached.fingerprint
 
 
 def test_a_real_cross_encoder(static):

@@ -10,7 +10,10 @@ import pytest
 from rag_rl.data import load_corpus, load_questions
 from rag_rl.tiny import FOLDER, make_data
 
-FILES = ["corpus.jsonl", "demo_1hop.jsonl", "demo_2hop.jsonl", "heldout_1hop.jsonl", "heldout_2hop.jsonl"]
+FILES = [
+    "corpus.jsonl", "demo_1hop.jsonl", "demo_2hop.jsonl", "demo_keywords.jsonl", "heldout_1hop.jsonl",
+    "heldout_2hop.jsonl", "heldout_keywords.jsonl",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_packaged_files_load_and_agree():
         assert len({q.qid for q in questions}) == len(questions)
         for question in questions:
             assert set(question.gold_doc_ids) <= known
-            assert len(question.gold_doc_ids) == question.hops == int(name[-10])
+            assert len(question.gold_doc_ids) == question.hops == (2 if "2hop" in name else 1)
             assert question.gold_doc_ids[0].startswith(name.split("_")[0])
 
 

@@ -13,7 +13,8 @@ import yaml
 from rag_rl.tiny import FOLDER
 from rag_rl.tiny.lessons import NO_HABITS
 
-READER, ENCODER, YOUNG = FOLDER / "reader", FOLDER / "encoder", FOLDER / "encoder_young"
+READER, ENCODER = FOLDER / "reader", FOLDER / "encoder"
+YOUNG, CROSS = FOLDER / "encoder_young", FOLDER / "cross_encoder"
 KNOWN = {".py", ".json", ".jsonl", ".jinja", ".md", ".safetensors"}
 
 
@@ -37,7 +38,7 @@ def encoder() -> Any:
 
 def test_weights_are_small_in_all():
     weights = [p for p in packaged() if p.suffix == ".safetensors"]
-    assert {p.parent for p in weights} == {READER, ENCODER, YOUNG}
+    assert {p.parent for p in weights} == {READER, ENCODER, YOUNG, CROSS}
     assert sum(p.stat().st_size for p in weights) < 12_000_000
 
 
@@ -91,7 +92,7 @@ def test_the_encoder_opens_and_finds(encoder, tokenizer):
     assert 0.7 < sum(found) / len(found) < 0.99
 
 
-@pytest.mark.parametrize("folder", [READER, ENCODER, YOUNG], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [READER, ENCODER, YOUNG, CROSS], ids=lambda folder: folder.name)
 def test_model_cards(folder):
     text = (folder / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
@@ -99,7 +100,8 @@ def test_model_cards(folder):
     assert meta["license"] == "apache-2.0"
     assert meta["language"] == "en"
     assert meta["library_name"] == ("transformers" if folder == READER else "sentence-transformers")
-    assert meta["pipeline_tag"] == ("text-generation" if folder == READER else "sentence-similarity")
+    tags = {READER: "text-generation", CROSS: "text-ranking"}
+    assert meta["pipeline_tag"] == tags.get(folder, "sentence-similarity")
     for heading in ("What it is", "How it was made", "Data", "Habits", "Limits"):
         assert f"\n## {heading}\n" in body
     assert "`make tiny-models`" in body

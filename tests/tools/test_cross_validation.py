@@ -78,3 +78,31 @@ def test_folds_and_baseline(tool, tmp_path, monkeypatch, capfd):
     times = {path: path.stat().st_mtime_ns for path in folds[0].rglob("*")}
     tool.run_baseline(folds[0], 3, bf16=False)
     assert {path: path.stat().st_mtime_ns for path in folds[0].rglob("*")} == times
+
+
+@pytest.mark.slow
+def test_folds_of_a_reranker(tool, tmp_path, monkeypatch, capfd):
+    questions = (FOLDER / "data" / "demo_1hop.jsonl").read_text().splitlines()[:60]
+    (tmp_path / "questions.jsonl").write_text("\n".join(questions))
+    flags = {
+        "config": "tiny", "folds": 3, "data_train": tmp_path / "questions.jsonl", "data_eval": "null", "max_steps": 1,
+        "per_device_train_batch_size": 4, "reranker_candidates": 8, "out": tmp_path / "out",
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["cross_validation.py", "train_reranker", "--only", "0", "2", *words])
+    tool.main()
+    printed = capfd.readouterr().out
+    folds = [tmp_path / "out" / "train_reranker-tiny" / f"fold{number}" for number in (0, 2)]
+    assert sorted((tmp_path / "out" / "train_reranker-tiny").iterdir()) == folds
+    rows = [json.loads(line) for fold in folds for line in (fold / "after.jsonl").read_text().splitlines()]
+    assert 30 <= len({r["qid"].split()[1] for r in rows}) == len(rows) < 60, "a question is held out in one fold only"
+    (line,) = [line for line in printed.splitlines() if line.startswith("| cross-encoder | ndcg@10")]
+    assert f"| {len(rows)} |" in line
+
+
+def test_a_reranker_has_no_such_baseline(tool, monkeypatch, capsys):
+    words = ["cross_validation.py", "train_reranker", "--config", "tiny", "--baseline", "mnrl"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "it goes with grpo_retriever" in capsys.readouterr().err

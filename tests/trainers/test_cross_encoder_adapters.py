@@ -116,6 +116,19 @@ def test_length_and_dtype():
         load_cross_encoder(START, dtype="half2")
 
 
+def test_pooling(tmp_path):
+    torch.manual_seed(0)
+    cls = load_cross_encoder(START, device="cpu")
+    torch.manual_seed(0)
+    mean = load_cross_encoder(START, device="cpu", pooling="mean")
+    assert logits(cls) != pytest.approx(logits(mean), abs=1e-3)
+    mean.save_pretrained(str(tmp_path))
+    assert logits(CrossEncoder(str(tmp_path), device="cpu")) == pytest.approx(logits(mean), abs=1e-5), "it is kept"
+    other = FOLDER / "reader"
+    with pytest.raises(ConfigError, match=r"for models whose config has classifier_pooling; leave it out: .*lfm2"):
+        load_cross_encoder(str(other), device="cpu", pooling="mean")
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"the cross-encoder .*empty cannot be loaded: "):

@@ -110,6 +110,33 @@ def test_equal_passages_are_no_negatives():
     assert found.item() == pytest.approx(-sum(one.item() for one in expected) / 4, rel=1e-12)
 
 
+def test_with_one_ranked_it_is_contrastive():
+    queries, passages, _ = draw()
+    ones = torch.ones(4, dtype=torch.int64)
+    found = distillation_loss(queries, passages, ranked=ones, **OPTIONS).ranking
+    scores = queries @ passages.flatten(0, 1).T / TEMPERATURE
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(4) * 3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_lists_of_different_lengths():
+    queries, passages, _ = draw()
+    lengths = torch.tensor([2, 1, 3, 2])
+    found = distillation_loss(queries, passages, ranked=lengths, **OPTIONS).ranking
+    scores = queries @ passages.flatten(0, 1).T / TEMPERATURE
+    expected = []
+    for q, length in enumerate(lengths.tolist()):
+        left = dict(enumerate(scores[q].tolist()))
+        picks = []
+        for place in range(3 * q, 3 * q + length):
+            picks.append(left[place] - math.log(sum(math.exp(s) for s in left.values())))
+            del left[place]
+        expected.append(-sum(picks) / length)
+    assert found.item() == pytest.approx(sum(expected) / 4, rel=1e-12)
+    whole = distillation_loss(queries, passages, ranked=torch.full((4,), 3), **OPTIONS).ranking
+    assert whole.item() == distillation_loss(queries, passages, **OPTIONS).ranking.item()
+
+
 def test_half_precision_is_computed_in_float32():
     # Unit vectors over 0.02: a bfloat16 product of 50 is exact to a quarter at best.
     queries, passages, texts = (torch.nn.functional.normalize(one, dim=-1).bfloat16() for one in draw(8, 4, 64))
@@ -125,6 +152,8 @@ def test_half_precision_is_computed_in_float32():
         ({"passages": torch.ones(3, 2, 5)}, r"passages \(B, G, D\), got \(4, 5\) and \(3, 2, 5\)"),
         ({"augmentations": torch.ones(4, 6)}, r"augmentations must be \(B, D\), got \(4, 6\)"),
         ({"augmented": torch.ones(4)}, r"augmented must be \(B,\) bool, got \(4,\) torch.float32"),
+        ({"ranked": torch.tensor([1, 2, 3])}, r"ranked must be \(B,\) numbers from 1 to 3, got \[1, 2, 3\]"),
+        ({"ranked": torch.tensor([1, 0, 3, 2])}, r"numbers from 1 to 3, got \[1, 0, 3, 2\]"),
         ({"passage_ids": torch.ones(4, 2)}, r"passage_ids must be \(B, G\), got \(4, 2\)"),
         ({"temperature": 0.0}, "temperatures must be above 0, got 0.0 and 0.05"),
     ],
@@ -156,8 +185,10 @@ else:
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
     data, ids, there = [one[mine] for one in data], ids[mine], there[mine]
 weights = torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6).requires_grad_()
+lengths = torch.tensor([1, 3, 2, 3, 1, 1, 2, 3])[mine] if ids is not None else None
 found = distillation_loss(
-    data[0] @ weights, data[1] @ weights, data[2] @ weights, augmented=there, passage_ids=ids, temperature=0.5
+    data[0] @ weights, data[1] @ weights, data[2] @ weights, augmented=there, ranked=lengths, passage_ids=ids,
+    temperature=0.5,
 )
 found.total.backward()
 result = torch.cat([torch.stack([found.total, found.ranking, found.augmentation, found.norm]).detach(),

@@ -16,6 +16,8 @@ def test_defaults_are_those_of_the_method():
     args = make()
     assert (args.loss_type, args.margin, args.num_negatives, args.num_positives) == ("margin", 1.0, 7, None)
     assert (args.hard_share, args.mini_batch_size, args.remove_unused_columns) == (0.5, None, False)
+    assert args.ddp_find_unused_parameters is False
+    assert make(ddp_find_unused_parameters=True).ddp_find_unused_parameters is True
 
 
 def test_what_is_written_down_can_be_read():

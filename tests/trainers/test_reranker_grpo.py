@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rag_rl.data import PairRow, PairSampler
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.reasoning import DecompositionReader, Environment, Finish, SingleSearch, retrieval_reward
 from rag_rl.tiny import FOLDER
 from rag_rl.trainers.cross_encoder_adapters import load_cross_encoder
-from rag_rl.trainers.reranker_grpo import NDCGReward, Order, RerankerGRPOConfig, RerankerGRPOTrainer
+from rag_rl.trainers.reranker_grpo import (
+    GivenHits,
+    NDCGReward,
+    Order,
+    PlayedReward,
+    RerankerGRPOConfig,
+    RerankerGRPOTrainer,
+    supervised_start,
+)
 from rag_rl.trainers.reranker_trainer import ListEvaluator
+from rag_rl.types import Passage, Query, Question
 
 START = str(FOLDER / "encoder")
 LISTS = [
@@ -22,7 +33,7 @@ LISTS = [
 ]
 
 
-def trainer_of(folder, *, reward=None, lists=LISTS, **options) -> RerankerGRPOTrainer:
+def trainer_of(folder, *, reward=None, lists=LISTS, top_k=2, **options) -> RerankerGRPOTrainer:
     torch.manual_seed(0)
     model = load_cross_encoder(START, device="cpu")
     args = RerankerGRPOConfig(
@@ -31,7 +42,6 @@ def trainer_of(folder, *, reward=None, lists=LISTS, **options) -> RerankerGRPOTr
             "max_steps": 4,
             "per_device_train_batch_size": 4,
             "num_generations": 8,
-            "top_k": 2,
             "learning_rate": 1e-3,
             "logging_steps": 1,
             "save_strategy": "no",
@@ -42,7 +52,9 @@ def trainer_of(folder, *, reward=None, lists=LISTS, **options) -> RerankerGRPOTr
             **options,
         },
     )
-    return RerankerGRPOTrainer(model=model, args=args, lists=lists, reward=reward or NDCGReward(LISTS, k=2))
+    return RerankerGRPOTrainer(
+        model=model, args=args, lists=lists, reward=reward or NDCGReward(LISTS, k=2), top_k=top_k
+    )
 
 
 class Noted:
@@ -68,6 +80,95 @@ def test_ndcg_of_an_order_worked_by_hand():
     assert found == [1.0, pytest.approx(second / (1 + second)), 0.0, None]
     with pytest.raises(ConfigError, match="k must be at least 1, got 0"):
         NDCGReward(lists, k=0)
+
+
+# ---- rewards of an environment
+
+ASKED = [
+    Question(
+        "q0",
+        "Where does Mira live?",
+        ("Elm",),
+        ("a",),
+        meta={"decomposition": [{"question": "Where does Mira live?", "answer": "Elm", "gold_doc_id": "a"}]},
+    ),
+    Question(
+        "q1",
+        "Who?",
+        ("Tom",),
+        ("c",),
+        meta={"decomposition": [{"question": "Who?", "answer": "Tom", "gold_doc_id": "c"}]},
+    ),
+]
+FOUND = [[Passage("b", "Nothing."), Passage("a", "Mira lives in Elm.")], [Passage("c", "Tom."), Passage("d", "Tim.")]]
+
+
+def test_the_reader_is_shown_what_was_picked():
+    reward = PlayedReward(Environment(DecompositionReader(), max_hops=1), ASKED, FOUND)
+    orders = [Order(0, (0,)), Order(0, (1,)), Order(1, (1, 0)), Order(0, (0,))]
+    assert reward(orders) == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_an_order_that_is_sampled_twice_is_played_once():
+    played = []
+
+    def noted(trajectory) -> float:
+        played.append([hit.passage.doc_id for hit in trajectory.hops[0].hits])
+        return float(len(played))
+
+    reward = PlayedReward(Environment(SingleSearch(), max_hops=1, reward=noted), ASKED, FOUND)
+    assert reward([Order(0, (1, 0)), Order(1, (0,)), Order(0, (1, 0)), Order(0, (0, 1))]) == [1.0, 2.0, 1.0, 3.0]
+    assert played == [["a", "b"], ["c"], ["b", "a"]]
+
+
+def test_judged_documents_reward_an_order_without_a_reader():
+    reward = PlayedReward(Environment(SingleSearch(), max_hops=1, reward=retrieval_reward("ndcg")), ASKED, FOUND)
+    assert reward([Order(0, (1, 0)), Order(0, (0, 1)), Order(1, (1,))]) == [1.0, pytest.approx(0.63092975), 0.0]
+
+
+class Restless(SingleSearch):
+    """Stops for one question of two."""
+
+    def decide(self, trajectories):
+        return [Finish("no"), *super().decide(trajectories[1:])]
+
+
+def test_a_reader_that_does_not_search_once():
+    with pytest.raises(ConfigError, match="searches once for each question: it made 1 searches for 2 questions"):
+        PlayedReward(Environment(Restless(), max_hops=1), ASKED, FOUND)([Order(0, (0,)), Order(1, (0,))])
+    assert [hits[0].rank for hits, _ in GivenHits(FOUND).retrieve([Query("a"), Query("b")])] == [1, 1]
+
+
+# ---- supervised start
+
+
+def pairs() -> PairSampler:
+    rows = [
+        PairRow(query, (Passage("p", texts[-1]),), tuple(Passage(f"n{i}", text) for i, text in enumerate(texts[:-1])))
+        for query, texts, _ in LISTS
+    ]
+    return PairSampler(rows, negatives=3, hard_share=1.0, seed=1)
+
+
+def test_a_supervised_start_is_taught_by_labels(tmp_path):
+    trainer = trainer_of(tmp_path, start_steps=12, start_learning_rate=2e-3, num_negatives=3)
+    before = ListEvaluator(LISTS)(trainer.model)
+    supervised_start(trainer.model, pairs(), trainer.args)
+    after = ListEvaluator(LISTS)(trainer.model)
+    assert after["mean_margin"] > before["mean_margin"] + 0.5
+    assert after["ndcg@10"] > before["ndcg@10"]
+    assert list(tmp_path.iterdir()) == [], "it leaves nothing that could be taken for a checkpoint"
+
+
+@pytest.mark.parametrize(("steps", "resumed"), [(0, False), (12, True)])
+def test_without_steps_or_after_a_resume_nothing_is_taught(tmp_path, steps, resumed):
+    trainer = trainer_of(tmp_path, start_steps=steps)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    supervised_start(trainer.model, pairs(), trainer.args, resumed=resumed)
+    assert all(p.equal(before[name]) for name, p in trainer.model.named_parameters())
+
+
+# ---- training
 
 
 def test_it_learns_what_is_rewarded(tmp_path):
@@ -140,15 +241,19 @@ def test_resumed_it_samples_what_the_whole_run_did(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ConfigError, match="top_k is 5, above the 4 candidates of query 'Where does number 0 live\\?'"):
+    with pytest.raises(
+        ConfigError, match="_top_k is 5, above the 4 candidates of query 'Where does number 0 live\\?'"
+    ):
         trainer_of(tmp_path, top_k=5)
+    with pytest.raises(ConfigError, match="retriever_top_k must be at least 1, got 0"):
+        trainer_of(tmp_path, top_k=0)
     with pytest.raises(DataError, match="there is no query to train on"):
         trainer_of(tmp_path, lists=[])
     with pytest.raises(ConfigError, match="the reward gives 1 values for 32 orders"):
         trainer_of(tmp_path, reward=lambda orders: [1.0]).train()
     for options, expected in (
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"start_steps": -1}, "start_steps must be at least 0, got -1"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
     ):
         with pytest.raises(ConfigError, match=expected):

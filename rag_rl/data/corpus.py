@@ -14,6 +14,7 @@ from rag_rl.data.hub import is_hub_source, load_hub_rows
 from rag_rl.data.jsonl import read_rows, write_jsonl
 from rag_rl.data.multihop import detect_kind, read_multihop_passages
 from rag_rl.data.paths import resolve_data_path
+from rag_rl.data.reinforced_ir import is_text_array, read_corpus_texts
 from rag_rl.data.tables import Columns, CsvTable, choose_columns
 from rag_rl.data.text_files import TEXT_ENDINGS, read_text_file, read_text_folder, text_files_in
 from rag_rl.errors import ConfigError, DataError
@@ -238,6 +239,11 @@ def _reader_of(source: str | Path, mapping: dict[str, Any]) -> Callable[[BadRows
 
 
 def _json_reader(path: Path, mapping: dict[str, Any]) -> Callable[[BadRows], Iterator[tuple[int, Passage]]]:
+    if path.suffix.lower() == ".json" and is_text_array(path):
+        named = next((name for name, value in mapping.items() if value is not None), None)
+        if named:
+            raise ConfigError(f"{path}: {named} is for documents with fields, and this is an array of texts")
+        return lambda bad: ((int(passage.doc_id) + 1, passage) for passage in read_corpus_texts(path))
     if not any(value is not None for value in mapping.values()):
         first = next(read_rows(path, BadRows(path)), None)
         if first is not None and detect_kind(first[1]):

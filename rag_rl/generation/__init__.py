@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from rag_rl.generation.openai_generator import OpenAIGenerator
     from rag_rl.generation.policy import PolicyGenerator
     from rag_rl.generation.prompting import Fitted, fit_batch, fit_passages, prompt_text
-    from rag_rl.generation.ranking import ListwiseRanker, parse_ranking
+    from rag_rl.generation.ranking import LikelihoodRanker, ListwiseRanker, parse_ranking
     from rag_rl.generation.scripted import ScriptedGenerator
     from rag_rl.generation.transformers_generator import TransformersGenerator
 
 _MODULE_OF = {
     "CachedGenerator": "cached",
     "Fitted": "prompting",
+    "LikelihoodRanker": "ranking",
     "ListwiseRanker": "ranking",
     "OpenAIGenerator": "openai_generator",
     "PolicyGenerator": "policy",
@@ -36,6 +37,7 @@ _MODULE_OF = {
 __all__ = [
     "CachedGenerator",
     "Fitted",
+    "LikelihoodRanker",
     "ListwiseRanker",
     "OpenAIGenerator",
     "PolicyGenerator",

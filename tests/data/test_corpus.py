@@ -44,6 +44,18 @@ def test_json_array_and_other_names(tmp_path):
     assert list(corpus) == [Passage("1", "x", "N"), Passage("2", "y")]
 
 
+def test_a_plain_array_of_texts(tmp_path):
+    path = tmp_path / "corpus.json"
+    path.write_text(json.dumps(["Elmton lies on the Mira.", " ", "Falwyn lives in Elmton."]))
+    expected = [Passage("0", "Elmton lies on the Mira."), Passage("2", "Falwyn lives in Elmton.")]
+    assert list(load_corpus(path)) == expected
+    with pytest.raises(ConfigError, match="text_columns is for documents with fields, and this is an array of texts"):
+        load_corpus(path, text_columns=["text"])
+    path.write_text('["Elmton lies on the Mira.", 7]')
+    with pytest.raises(DataError, match="item 2: must be text, got number 7"):
+        list(load_corpus(path))
+
+
 def test_a_title_field_that_is_not_there_is_no_silent_loss(tmp_path):
     path = write(tmp_path / "c.jsonl", {"doc_id": "a", "text": "x", "name": "N"})
     with pytest.raises(DataError, match="line 1: field 'nam' is missing; line 1 has the fields: doc_id, text, name"):

@@ -60,9 +60,9 @@ RUNTIME_KEYS = frozenset(
         "judge_usd_per_million_prompt_tokens", "judge_usd_per_million_completion_tokens", "synthesis_base_url",
         "synthesis_api_key_env", "synthesis_concurrency", "synthesis_timeout_s", "synthesis_max_retries",
         "rollout_batch_size", "local_rollout_forward_batch_size", "retriever_url", "retriever_token_env",
-        "retriever_timeout_s", "retriever_wait_s", "preference_base_url", "preference_api_key_env", "augmenter_base_url",
-        "augmenter_api_key_env", "augmenter_concurrency", "augmenter_timeout_s", "augmenter_max_retries",
-        "augmenter_batch_size", "distill_batch_size",
+        "retriever_timeout_s", "retriever_wait_s", "preference_base_url", "preference_api_key_env",
+        "augmenter_base_url", "augmenter_api_key_env", "augmenter_concurrency", "augmenter_timeout_s",
+        "augmenter_max_retries", "augmenter_batch_size", "distill_batch_size",
     }
 )  # fmt: skip
 # What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.

@@ -240,9 +240,8 @@ def _reader_of(source: str | Path, mapping: dict[str, Any]) -> Callable[[BadRows
 
 def _json_reader(path: Path, mapping: dict[str, Any]) -> Callable[[BadRows], Iterator[tuple[int, Passage]]]:
     if path.suffix.lower() == ".json" and is_text_array(path):
-        named = next((name for name, value in mapping.items() if value is not None), None)
-        if named:
-            raise ConfigError(f"{path}: {named} is for documents with fields, and this is an array of texts")
+        if unfit := [name for name, value in mapping.items() if value is not None]:
+            raise ConfigError(f"{path}: {unfit[0]} is for documents with fields, and this is an array of texts")
         return lambda bad: ((int(passage.doc_id) + 1, passage) for passage in read_corpus_texts(path))
     if not any(value is not None for value in mapping.values()):
         first = next(read_rows(path, BadRows(path)), None)

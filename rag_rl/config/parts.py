@@ -411,6 +411,38 @@ def build_reader_model(args: ReaderArguments) -> Any:
     )
 
 
+def build_reader_reward(args: ReaderArguments) -> Callable[[Any], float | None]:
+    """Finds what a finished trajectory of searches earns.
+
+    Args:
+        args: who reads, and what is rewarded.
+
+    Returns:
+        Trajectory to reward; None where it cannot be told.
+
+    Raises:
+        ConfigError: an unknown name, or a reward for answers where nobody reads.
+    """
+    from rag_rl.reasoning import f1_reward, retrieval_reward
+    from rag_rl.reasoning.environment import RETRIEVAL_REWARDS
+
+    if args.reader_name == "none" and args.reader_reward == "f1":
+        raise ConfigError("reader_name none answers nothing: set reader_reward to ndcg, recall or reciprocal_rank")
+    match args.reader_reward:
+        case "f1":
+            return f1_reward
+        case "constant":
+            return _constant_reward
+        case name if name in RETRIEVAL_REWARDS:
+            return retrieval_reward(name)
+        case name if ":" in name:
+            found: Callable[[Any], float | None] = import_attribute(name)
+            return found
+        case name:
+            known = ", ".join(("f1", *RETRIEVAL_REWARDS, "constant"))
+            raise ConfigError(f"reader_reward must be one of {known}, or package.module:attribute, got {name!r}")
+
+
 def build_search(
     retriever: RetrieverArguments, data: DataArguments, reader: ReaderArguments, trained: QueryEncoderArguments
 ) -> Any:
@@ -431,30 +463,15 @@ def build_search(
         RetrievalIndexError: the index does not fit or is damaged.
     """
     from rag_rl.evaluation import SearchAssembly
-    from rag_rl.reasoning import Environment, f1_reward, retrieval_reward
-    from rag_rl.reasoning.environment import RETRIEVAL_REWARDS
+    from rag_rl.reasoning import Environment
     from rag_rl.retrieval import HistoryEncoder
 
     if retriever.retriever_name != "dense" or retriever.retriever_shuffled:
         raise ConfigError("training a retriever needs retriever_name dense, not shuffled")
     if retriever.retriever_reranker:
         raise ConfigError("a retriever is trained without a reranker: leave retriever_reranker out")
-    reward: Callable[[Any], float | None]
-    match reader.reader_reward:
-        case "f1":
-            reward = f1_reward
-        case "constant":
-            reward = _constant_reward
-        case name if name in RETRIEVAL_REWARDS:
-            reward = retrieval_reward(name)
-        case name if ":" in name:
-            reward = import_attribute(name)
-        case name:
-            known = ", ".join(("f1", *RETRIEVAL_REWARDS, "constant"))
-            raise ConfigError(f"reader_reward must be one of {known}, or package.module:attribute, got {name!r}")
+    reward = build_reader_reward(reader)
     one_hop = reader.reader_name == "none"
-    if one_hop and reader.reader_reward == "f1":
-        raise ConfigError("reader_name none answers nothing: set reader_reward to ndcg, recall or reciprocal_rank")
     # What is quickly refused comes before an index that may take hours to build.
     asking = build_reader(reader)
     index: Any = build_retriever(retriever, data)

@@ -13,6 +13,7 @@ from rag_rl.config.parts import (
     build_corpus,
     build_questions,
     build_reader,
+    build_reader_reward,
     build_retriever,
     expand,
     import_attribute,
@@ -25,7 +26,7 @@ from rag_rl.types import Passage, Retriever
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
-    from rag_rl.reasoning import Environment, Trajectory
+    from rag_rl.reasoning import Environment
 
 # Read in one go from an index: few calls, and little of a large corpus in memory.
 _PASSAGES_AT_ONCE = 4096
@@ -144,43 +145,15 @@ def build_ranking_environment(args: ReaderArguments) -> Environment:
             rewarded.
         DataError: the reader's model cannot be loaded.
     """
-    from rag_rl.reasoning import Environment, f1_reward, retrieval_reward
-    from rag_rl.reasoning.environment import RETRIEVAL_REWARDS
+    from rag_rl.reasoning import Environment
 
-    reward: Any
-    match args.reader_reward:
-        case "f1":
-            reward = f1_reward
-        case "constant":
-            reward = constant_reward
-        case name if name in RETRIEVAL_REWARDS:
-            reward = retrieval_reward(name)
-        case name if ":" in name:
-            reward = import_attribute(name)
-        case name:
-            known = ", ".join(("f1", *RETRIEVAL_REWARDS, "constant"))
-            raise ConfigError(f"reader_reward must be one of {known}, or package.module:attribute, got {name!r}")
-    if args.reader_name == "none" and args.reader_reward == "f1":
-        raise ConfigError("reader_name none answers nothing: set reader_reward to ndcg, recall or reciprocal_rank")
+    reward = build_reader_reward(args)
     if args.reader_name == "react":
         raise ConfigError(
             "reader_name react words its own searches: an order of candidates is read by decomposition, scripted or "
             "none, or by package.module:attribute"
         )
     return Environment(build_reader(args), max_hops=1, reward=reward)
-
-
-def constant_reward(trajectory: Trajectory) -> float:
-    """The control experiment: nothing may be learnt from it.
-
-    Args:
-        trajectory: not looked at.
-
-    Returns:
-        1.0.
-    """
-    del trajectory
-    return 1.0
 
 
 def build_reranked(retriever: Retriever, model: str, *, candidates: int, batch_size: int = 64) -> Retriever:

@@ -228,7 +228,8 @@ class HTTPRetriever:
                 client = httpx.Client(
                     base_url=url,
                     timeout=self.timeout_s,
-                    trust_env=not _is_loopback(url),  # a proxy that the environment names is none for this machine
+                    # A proxy that the environment names is none for this machine.
+                    trust_env=not is_loopback(urlsplit(url).hostname or ""),
                     limits=httpx.Limits(max_connections=self.max_concurrency, keepalive_expiry=30.0),
                 )
                 stack.callback(client.close)
@@ -370,8 +371,19 @@ def _checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server there.
+
+    Args:
+        host: a name or an address.
+
+    Returns:
+        True for loopback addresses and ``localhost``.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
+        (True, False)
+    """
     if host == "localhost":
         return True
     try:

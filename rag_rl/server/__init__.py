@@ -8,8 +8,9 @@ one call. So there is no pause to tune: a lone request is searched at once, and 
 
 from __future__ import annotations
 
+from rag_rl.retrieval.http import is_loopback
 from rag_rl.server.opening import open_folder, open_settings, read_config
-from rag_rl.server.process import Server, bind, is_loopback, read_token, serve
+from rag_rl.server.process import Server, bind, read_token, serve
 from rag_rl.server.search_thread import About, SearchThread
 from rag_rl.server.service import Limits, Service, make_app
 

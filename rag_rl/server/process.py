@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import logging
 import os
 import signal
@@ -177,24 +176,3 @@ def read_token(env: str = TOKEN_ENV, path: str | Path | None = None) -> str | No
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"token_file {path} cannot be read: {reason}") from error
     return check_token(text.strip(), f"the file {path}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server there.
-
-    Args:
-        host: a name or an address.
-
-    Returns:
-        True for loopback addresses and ``localhost``.
-
-    Example:
-        >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
-        (True, False)
-    """
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import random
 import re
@@ -96,6 +97,16 @@ def _seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:  # nobody waits for torch who does not use it
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """What a command does to logging, it does to its own process: `rag-rl ask` turns warnings off."""
+    ours = logging.getLogger("rag_rl")
+    level = ours.level
+    yield
+    logging.disable(logging.NOTSET)
+    ours.setLevel(level)
 
 
 @pytest.fixture(scope="session")

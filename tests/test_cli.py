@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,6 @@ import pytest
 from rag_rl import cli
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _logging_on():
-    yield
-    logging.disable(logging.NOTSET)  # `rag-rl ask` turns warnings off for its process
 
 
 def refused(capsys, *argv: str, code: int = 2) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +34,7 @@ def load_recipe() -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
-def run_here(load_recipe, monkeypatch) -> Iterator[Callable[..., int]]:
+def run_here(load_recipe, monkeypatch) -> Callable[..., int]:
     """Runs a recipe as its command line does, in this process: ``run_here("grpo_generator", *flags)`` -> exit code."""
     from rag_rl.run import launch
 
@@ -48,8 +47,7 @@ def run_here(load_recipe, monkeypatch) -> Iterator[Callable[..., int]]:
             return int(stop.code or 0)
         return 0
 
-    yield run
-    logging.disable(logging.NOTSET)
+    return run
 
 
 @pytest.fixture

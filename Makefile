@@ -5,7 +5,7 @@
 #   TORCH_INDEX_URL=URL   a further package index for torch; on Linux without a GPU
 #                         https://download.pytorch.org/whl/cpu saves a download of several GB
 #   PIP_ARGS="..."        anything else for pip
-#   JOBS=8                processes that `make test` runs in; each takes up to 2 GB
+#   JOBS=8                processes that the tests run in; each takes up to 2 GB
 #   EXTRA=gpu             faiss-gpu, deepspeed and vllm instead of faiss-cpu
 
 SHELL := /bin/bash
@@ -63,7 +63,7 @@ test: $(DEV_STAMP)  ## every test that needs no GPU, no network and no patience
 	@$(PY) -m pytest -m "not slow and not gpu and not network" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 slow: $(DEV_STAMP)  ## the slow tests: every recipe for a few steps, kill and resume, two processes
-	@$(PY) -m pytest -m "slow and not gpu and not network" $(ARGS)
+	@$(PY) -m pytest -m "slow and not gpu and not network" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 smoke: $(DEV_STAMP)  ## each recipe for seconds through its real command line; RECIPE=name for one
 	@$(PY) -m pytest -m smoke tests/recipes $(if $(RECIPE),-k "$(RECIPE)") $(ARGS)

@@ -603,18 +603,11 @@ def _with_trained_queries(plan: AssemblyPlan, index: Any) -> Retriever:
     """The index that a query encoder was trained over, searched with it, as ``SearchAssembly`` reloads it."""
     from accelerate import PartialState
 
-    from rag_rl.retrieval import HistoryEncoder, SentenceEncoder
+    from rag_rl.retrieval import HistoryEncoder
 
-    run, old = plan.runs["retriever"], index.encoder
-    saved = SentenceEncoder(
-        Path(expand(cast("str", plan.parts.retriever_run))),
-        normalize=old.normalize,
-        query_prompt=old.query_prompt,
-        document_prompt=old.document_prompt,
-        max_length=old.max_length,
-        batch_size=old.batch_size,
-        devices=plan.retriever.retriever_devices or str(PartialState().device),
-    )
+    run = plan.runs["retriever"]
+    folder = Path(expand(cast("str", plan.parts.retriever_run)))
+    saved = index.encoder.trained(folder, devices=plan.retriever.retriever_devices or str(PartialState().device))
     history = HistoryEncoder(saved, run.get("reader_history", True), max_tokens=run.get("retriever_state_tokens"))
     return cast("Retriever", index.with_query_encoder(history))
 

@@ -132,17 +132,7 @@ class RetrievalAssembly:
             A new assembly.
         """
         del batch_size
-        old = self.encoder
-        saved = SentenceEncoder(
-            folder,
-            normalize=old.normalize,
-            query_prompt=old.query_prompt,
-            document_prompt=old.document_prompt,
-            max_length=old.max_length,
-            batch_size=old.batch_size,
-            devices=str(device),
-        )
-        return self.with_encoder(saved)
+        return self.with_encoder(self.encoder.trained(folder, devices=str(device)))
 
     def with_encoder(self, encoder: SentenceEncoder) -> RetrievalAssembly:
         """Embeds the corpus and searches for all questions at once; with several processes all must call it.

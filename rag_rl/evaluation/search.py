@@ -71,15 +71,7 @@ class SearchAssembly:
         old = self.encoder.encoder
         if not isinstance(old, SentenceEncoder):
             raise ConfigError(f"only a SentenceEncoder can be loaded from a folder, not {type(old).__name__}")
-        saved = SentenceEncoder(
-            folder,
-            normalize=old.normalize,
-            query_prompt=old.query_prompt,
-            document_prompt=old.document_prompt,
-            max_length=old.max_length,
-            batch_size=old.batch_size,
-            devices=str(device),
-        )
+        saved = old.trained(folder, devices=str(device))
         encoder = HistoryEncoder(
             saved, self.encoder.enabled, max_tokens=self.encoder.max_tokens, template=self.encoder.template
         )

@@ -141,6 +141,29 @@ class SentenceEncoder:
 
         self.dimension = int(cast(int, self.model.get_embedding_dimension()))
 
+    def trained(self, folder: str | Path, *, devices: str | Sequence[str] | None = None) -> SentenceEncoder:
+        """Opens what was trained from this encoder: other weights, the same settings.
+
+        Args:
+            folder: of a run, or of a saved ``SentenceTransformer``.
+            devices: where it goes.
+
+        Returns:
+            A new encoder.
+
+        Raises:
+            DataError: there is no such model, or it cannot be loaded.
+        """
+        return SentenceEncoder(
+            folder,
+            normalize=self.normalize,
+            query_prompt=self.query_prompt,
+            document_prompt=self.document_prompt,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            devices=devices,
+        )
+
     def encode_queries(self, queries: Sequence[str | Query]) -> Array:
         """Query vectors.
 

@@ -79,7 +79,7 @@ def open_settings(settings: Mapping[str, Any], *, devices: Sequence[str] = (), r
         BackendError: as there.
     """
     from rag_rl.config.parts import build_retriever
-    from rag_rl.retrieval import HistoryEncoder, SentenceEncoder
+    from rag_rl.retrieval import HistoryEncoder
 
     args = _filled(RetrieverArguments, settings)
     if devices:
@@ -89,16 +89,7 @@ def open_settings(settings: Mapping[str, Any], *, devices: Sequence[str] = (), r
         raise ConfigError("retriever_name is none: there is nothing to serve")
     if run is None or "retriever_train" not in settings:
         return retriever
-    base = retriever.encoder
-    trained = SentenceEncoder(
-        run,
-        normalize=base.normalize,
-        query_prompt=base.query_prompt,
-        document_prompt=base.document_prompt,
-        max_length=base.max_length,
-        batch_size=base.batch_size,
-        devices=args.retriever_devices or None,
-    )
+    trained = retriever.encoder.trained(run, devices=args.retriever_devices or None)
     history, most = settings.get("reader_history", True), settings.get("retriever_state_tokens")
     encoder = HistoryEncoder(trained, history, max_tokens=most)
     return retriever.with_query_encoder(encoder)

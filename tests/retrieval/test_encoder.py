@@ -251,3 +251,20 @@ def test_importing_the_package_loads_nothing_heavy():
         "assert not {'torch', 'faiss', 'chromadb', 'sentence_transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", source], check=True, timeout=60)
+
+
+def test_what_was_trained_keeps_the_settings_of_its_start():
+    from rag_rl.tiny import FOLDER
+
+    start = SentenceEncoder(
+        str(FOLDER / "encoder"),
+        query_prompt="q: ",
+        document_prompt="d: ",
+        max_length=64,
+        batch_size=7,
+        normalize=False,
+    )
+    found = start.trained(FOLDER / "encoder_young", devices="cpu")
+    for name in ("query_prompt", "document_prompt", "max_length", "batch_size", "normalize"):
+        assert getattr(found, name) == getattr(start, name), name
+    assert not (found.encode_queries(["Elmton"]) == start.encode_queries(["Elmton"])).all()

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor, nn
@@ -116,10 +117,13 @@ class States:
             stacking kept ones, and no memory between sampling and loss.
         reference: S tensors (K,), scores of the encoder at the start; empty without a KL term.
         useful: tensors (K,) by state, for the replug baseline: what the reader makes of each candidate alone.
+        vectors: S tensors (D,) that gradients flow through, where the pass that sampled is also that of the loss;
+            else empty, and the loss encodes the texts again.
     """
 
     texts: list[str] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
+    vectors: list[Tensor] = field(default_factory=list)
     reference: list[Tensor] = field(default_factory=list)
     useful: dict[int, Tensor] = field(default_factory=dict)
 
@@ -205,7 +209,10 @@ class SampledLists:
 
     def _score(self, texts: list[str]) -> None:
         trainer = self.trainer
-        vectors = trainer.encode_frozen(texts)  # (S, D)
+        vectors = trainer.encode_to_sample(texts)  # (S, D)
+        if vectors.requires_grad:
+            self.states.vectors += list(vectors)
+            vectors = vectors.detach()
         bad = torch.nonzero(~torch.isfinite(vectors).all(dim=-1)).flatten().tolist()
         if bad:  # faiss would find nothing, and not say why
             raise RagRLError(
@@ -413,12 +420,18 @@ class RetrieverGRPOTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
             RagRLError: the encoder scores a list otherwise than when it was sampled, before any update.
         """
         if not inputs.state:
+            inputs.states.vectors = []
             # Every process must take part in the backward pass, also one whose groups were all dropped.
             return self.encode(model, [inputs.states.texts[0] if inputs.states.texts else ""]).sum() * 0.0
         args, device = self.args, self.args.device
         distinct = sorted(set(inputs.state))
         place = torch.tensor([distinct.index(state) for state in inputs.state], device=device)
-        vectors = self.encode(model, [inputs.states.texts[state] for state in distinct])
+        # Taken, not read: a graph can be walked once, and what hangs on dropped states should go now.
+        sampled, inputs.states.vectors = inputs.states.vectors, []
+        if sampled:
+            vectors = torch.stack([sampled[state] for state in distinct])
+        else:
+            vectors = self.encode(model, [inputs.states.texts[state] for state in distinct])
         pools = self.pools(np.array([inputs.states.rows[state] for state in distinct]))
         scores = self.scores(vectors, pools)  # (S, K)
         if args.objective == "replug":
@@ -474,26 +487,36 @@ class RetrieverGRPOTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         vectors = model(features)["sentence_embedding"]
         return nn.functional.normalize(vectors, dim=-1) if encoder.normalize else vectors
 
-    @torch.no_grad()
-    def encode_frozen(self, texts: Sequence[str]) -> Tensor:
-        """Query vectors of the current weights, without gradients, in batches of the evaluation's size.
+    @property
+    def one_pass(self) -> bool:
+        """Whether the pass that samples is also that of the loss, which spares the encoder one of two.
+
+        It is where the loss takes all states at once, with the weights that sampled: one part, one iteration. Several
+        processes search a different number of times, so there the wrapped model has to be asked once more.
+        """
+        args = self.args
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        return alone and args.gradient_accumulation_steps == 1 and args.num_iterations == 1
+
+    def encode_to_sample(self, texts: Sequence[str]) -> Tensor:
+        """Query vectors of the current weights, in batches of texts of similar length, of the evaluation's size.
 
         Args:
             texts: S states.
 
         Returns:
-            (S, D).
+            (S, D); gradients flow through them where the loss will use them (``one_pass``).
         """
         size = self.args.per_device_eval_batch_size * 8
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = []
-        with self.compute_loss_context_manager():
+        with torch.set_grad_enabled(self.one_pass), self.compute_loss_context_manager():
             for start in range(0, len(order), size):
                 parts.append(self.encode(self._active, [texts[i] for i in order[start : start + size]]))
-        vectors = torch.cat(parts)
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return vectors[back.to(vectors.device)]
+            vectors = torch.cat(parts)
+            back = torch.empty(len(order), dtype=torch.long)
+            back[torch.tensor(order)] = torch.arange(len(order))
+            return vectors[back.to(vectors.device)]
 
     def encode_reference(self, texts: Sequence[str]) -> Tensor:
         """Query vectors of the encoder at the start.

@@ -28,7 +28,7 @@ INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check \
 RUN_STAMP := $(VENV)/.installed-to-run
 DEV_STAMP := $(VENV)/.installed-to-develop
 
-.PHONY: help setup demo test slow smoke check fmt tiny-models learn new-recipe release-check clean
+.PHONY: help setup demo tour test slow smoke check fmt tiny-models learn new-recipe release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
@@ -58,6 +58,9 @@ demo: $(RUN_STAMP)  ## install, train the tiny generator (minutes, no GPU), show
 	@$(LAUNCH) recipes/grpo_generator.py --output_dir runs/demo
 	@echo "The curve:  runs/demo/curves.png"
 	@echo "The report: runs/demo/report.html (opens in any browser)"
+
+tour: $(RUN_STAMP)  ## train every part on the tiny world and compare the assemblies (half an hour, no GPU)
+	@$(PY) tools/tour.py $(ARGS)
 
 test: $(DEV_STAMP)  ## every test that needs no GPU, no network and no patience
 	@$(PY) -m pytest -m "not slow and not gpu and not network" --numprocesses $(JOBS) --dist loadfile $(ARGS)

@@ -6,6 +6,7 @@ Everything heavy is imported inside the command that needs it, so that ``rag-rl 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -65,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_serve(commands)
 
-    doctor = commands.add_parser("doctor", help="what is installed, which devices there are, what each config needs")
-    doctor.set_defaults(command=_doctor)
+    _add_doctor(commands)
     return parser
 
 
@@ -273,7 +273,83 @@ PACKAGES = {
 }  # fmt: skip
 
 
+DOCTOR_HELP = """\
+See what this machine can do; with --config, what a config will need, before anything is loaded.
+
+  rag-rl doctor
+  rag-rl doctor --config grpo_generator/qwen2.5-7b_hotpotqa_lora
+  rag-rl doctor --config mine/sft_reasoner/big.yaml --launch accelerate_configs/zero3.yaml --gpu_memory 80
+
+Of the model only its config.json is read, from a folder or the Hub's cache. docs/clusters.md has the formulas."""
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed, which devices there are, what each config needs",
+        description=DOCTOR_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    doctor.add_argument(
+        "--config", metavar="FILE", help="estimate the memory of a recipe's config: a path, or recipe/name"
+    )
+    doctor.add_argument("--launch", metavar="FILE", help="launch file of accelerate (default: one process)")
+    doctor.add_argument("--processes", type=int, metavar="N", help="in place of the launch file's number")
+    doctor.add_argument(
+        "--gpu_memory", type=float, metavar="GB", help="GiB of a card (default: the smallest that is there)"
+    )
+    doctor.add_argument("--prompt_tokens", type=int, metavar="N", help="length of a prompt, where no setting tells it")
+    doctor.set_defaults(command=_doctor)
+
+
+def _size(args: argparse.Namespace) -> None:
+    """What one config needs."""
+    from rag_rl.config.memory import GIB
+    from rag_rl.config.sizing import describe, find_config, read_launch, size_config
+
+    for name in ("processes", "gpu_memory", "prompt_tokens"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name} must be above 0, got {value:g}")
+    _quiet()
+    config, recipe = find_config(args.config, _recipe_folders())
+    launch = read_launch(args.launch, args.processes)
+    card, gpu = (args.gpu_memory * GIB, "a card") if args.gpu_memory else _smallest_gpu()
+    sizing = size_config(
+        config,
+        recipe,
+        launch=launch,
+        gpu_bytes=card,
+        prompt_tokens=args.prompt_tokens,
+        needs=_needs(config),
+    )
+    print("\n".join(describe(sizing, gpu_bytes=card, gpu=gpu)))
+    if card is None:
+        print("  no GPU here: --gpu_memory 24 says which preset fits a card of 24 GiB")
+
+
+def _smallest_gpu() -> tuple[float | None, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, ""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    smallest = min(found, key=lambda card: card.total_memory)
+    return float(smallest.total_memory), smallest.name
+
+
+def _recipe_folders() -> list[Path]:
+    return [Path("recipes"), Path(__file__).resolve().parents[1] / "recipes"]
+
+
 def _doctor(args: argparse.Namespace) -> None:
+    if args.config is not None:
+        _size(args)
+        return
+    for name in ("launch", "processes", "gpu_memory", "prompt_tokens"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} goes with --config: it says something about the estimate")
     lines = [f"python      {platform.python_version()} on {platform.system()} {platform.machine()}", "", "packages"]
     for name, remedy in PACKAGES.items():
         if util.find_spec(name.replace("-", "_")) is None:
@@ -319,17 +395,20 @@ def _gpus() -> list[str]:
 
 def _configs() -> list[str]:
     """Each config with the ``Needs:`` line of its header."""
-    for root in (Path("recipes"), Path(__file__).resolve().parents[1] / "recipes"):
-        found = []
-        for path in sorted((root / "configs").rglob("*.yaml")):
-            _, _, after = path.read_text(encoding="utf-8").partition("Needs:")
-            # The entry may go on over several lines of the header; "Measured:" comes after it.
-            lines = after.partition("\n# Measured")[0].splitlines()
-            needs = " ".join(line.lstrip("# ").strip() for line in lines) or "not stated"
-            found.append(f"  {path.parent.name}/{path.stem}: {needs}")
-        if found:
-            return found
+    for root in _recipe_folders():
+        paths = sorted((root / "configs").rglob("*.yaml"))
+        if paths:
+            return [f"  {path.parent.name}/{path.stem}: {_needs(path) or 'not stated'}" for path in paths]
     return ["  no recipes folder here"]
+
+
+def _needs(path: Path) -> str:
+    """The ``Needs:`` entry of a config's header."""
+    _, _, after = path.read_text(encoding="utf-8").partition("# Needs:")
+    # The entry may go on over several lines of the header; "Measured:" comes after it.
+    first, *rest = after.partition("\n# Measured")[0].splitlines() or [""]
+    lines = [first, *itertools.takewhile(lambda line: line.startswith("#"), rest)]
+    return " ".join(line.lstrip("# ").strip() for line in lines)
 
 
 def _quiet() -> None:

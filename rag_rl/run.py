@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rag_rl.config.arguments import JudgeArguments
+from rag_rl.config.launching import check_sharding, check_vllm, is_shared_out, share_out_loaded_models
 from rag_rl.config.parsing import (
     config_difference,
     config_source,
@@ -36,6 +37,7 @@ from rag_rl.config.parsing import (
     resolved,
     without_secrets,
 )
+from rag_rl.config.trackers import check_trackers
 from rag_rl.errors import BackendError, ConfigError, RagRLError, RunFolderError, UserError
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ RUNTIME_KEYS = frozenset(
         "use_cpu", "push_to_hub", "num_completions_to_print", "report_examples", "generator_eval_batch_size",
         "reasoner_eval_batch_size", "reranker_batch_size", "retriever_reranker_batch_size", "retriever_batch_size",
         "retriever_devices", "retriever_index_path", "project", "trackio_space_id", "hub_model_id",
+        "trackio_bucket_id", "trackio_static_space_id",
         "judge_base_url", "judge_api_key_env", "judge_concurrency", "judge_timeout_s", "judge_max_retries",
         "judge_max_calls", "judge_max_usd", "judge_cache", "judge_log",
         "judge_usd_per_million_prompt_tokens", "judge_usd_per_million_completion_tokens", "synthesis_base_url",
@@ -62,7 +65,9 @@ RUNTIME_KEYS = frozenset(
         "rollout_batch_size", "local_rollout_forward_batch_size", "retriever_url", "retriever_token_env",
         "retriever_timeout_s", "retriever_wait_s", "preference_base_url", "preference_api_key_env",
         "augmenter_base_url", "augmenter_api_key_env", "augmenter_concurrency", "augmenter_timeout_s",
-        "augmenter_max_retries", "augmenter_batch_size", "distill_batch_size",
+        "augmenter_max_retries", "augmenter_batch_size", "distill_batch_size", "vllm_server_base_url",
+        "vllm_server_host", "vllm_server_port", "vllm_group_port", "vllm_server_timeout",
+        "vllm_gpu_memory_utilization", "ddp_timeout", "reader_base_url", "reader_api_key_env",
     }
 )  # fmt: skip
 # What a full disk makes of a write: an OSError, or text in an error of safetensors (with errno's number) or torch.
@@ -98,9 +103,30 @@ class Run:
     arguments: tuple[Any, ...]
 
     @property
+    def finished(self) -> bool:
+        """Whether everything is done and written."""
+        return is_finished(self.folder)
+
+    @property
     def callbacks(self) -> list[Any]:
-        """Trainer callbacks that ``train`` needs; they also add up its time and keep checkpoints movable."""
+        """Trainer callbacks that ``train`` needs; they also add up its time and keep checkpoints movable.
+
+        They are asked for as the trainer is made, and the model that it then loads is the one to be shared out under
+        ZeRO-3. Until now, and from ``measure_before`` on, whatever is loaded stays whole.
+        """
+        share_out_loaded_models(self._training, True)
         return [_clock(self.folder / "train_seconds.json"), _relative_bases(self.folder)]
+
+    def keep_settings(self) -> None:
+        """Writes ``resolved_config.yaml`` and the prompts into the folder; by one process only.
+
+        Raises:
+            ConfigError: there is no such prompt or rubric.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"recipe": self.recipe, "config": self.config, "made_with": versions(), **self.settings}
+        write_whole(self.folder / "resolved_config.yaml", yaml.safe_dump(record, sort_keys=False))
+        keep_prompts(self.folder, self.settings)
 
     def measure_before(
         self,
@@ -130,6 +156,7 @@ class Run:
         from rag_rl.evaluation.reasoning import ReasoningAssembly
         from rag_rl.evaluation.sampling import sample_statistics
 
+        share_out_loaded_models(self._training, False)
         if not (self.folder / "before.json").is_file():
             asking = assembly.under_training(trainer, batch_size=batch_size)
             started = time.time()
@@ -142,6 +169,35 @@ class Run:
                 if main:
                     self._store("before", found, seconds, extra)
         self._measure_baselines(trainer, baselines or {}, questions, batch_size=batch_size)
+
+    def measure(self, when: str, assembly: Callable[[], Evaluable], questions: Sequence[Question], *, of: str) -> None:
+        """Evaluates what is finished, unless the same has been evaluated: for runs whose steps have the trainers.
+
+        Args:
+            when: ``before``, ``after``, or the name of a baseline.
+            assembly: opens what is evaluated.
+            questions: held out.
+            of: changes whenever what is evaluated does, or the questions.
+        """
+        from rag_rl.evaluation.scoring import write_rows
+
+        known = _read_baselines(self.folder)
+        plain = when in ("before", "after")
+        path = self.folder / f"{when}.json"
+        there = json.loads(path.read_text()) if plain and path.is_file() else known.get(when, {})
+        if there.get("of") == of:
+            return
+        opened, started = assembly(), time.time()
+        with _can_go_on():
+            found = evaluate_sharded(opened, questions)
+        seconds = time.time() - started
+        with main_process_only() as main:
+            if main and plain:
+                self._store(when, found, seconds, {}, of=of)
+            elif main:
+                known[when] = {"metrics": found.metrics, "seconds": seconds, "of": of}
+                write_rows(self.folder / f"baseline_{when}.jsonl", found.rows)
+                write_whole(self.folder / "baselines.json", json.dumps(known, indent=2) + "\n")
 
     def train(self, trainer: Any) -> None:
         """Trains, from where the run stopped; a run that stopped after its last step is only loaded.
@@ -160,6 +216,7 @@ class Run:
         last_step = _last_step()
         trainer.add_callback(last_step)
         met_by_all = _fail_together(trainer)
+        share_out_loaded_models(self._training, True)  # what generates while it trains asks for it, too
         with _can_go_on():
             try:
                 trainer.train(resume_from_checkpoint=self.checkpoint)
@@ -169,6 +226,8 @@ class Run:
                 if met_by_all():  # saving is collective, too
                     last_step.keep(trainer)
                 raise
+            finally:
+                share_out_loaded_models(self._training, False)
 
     def finish(
         self,
@@ -207,12 +266,21 @@ class Run:
                 self._store("after", found, seconds, {})
                 self.write_results(trainer.state.log_history, examples=examples)
 
-    def write_results(self, log_history: list[dict[str, Any]], *, examples: int = 20) -> dict[str, Any]:
+    def write_results(
+        self,
+        log_history: list[dict[str, Any]],
+        *,
+        examples: int = 20,
+        sections: Sequence[str] = (),
+        more: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Writes ``curves.png``, ``report.html``, the model card and, last, ``metrics.json``.
 
         Args:
             log_history: of the trainer.
             examples: questions shown in the report.
+            sections: more of the report, as HTML that is already escaped.
+            more: of ``metrics.json``.
 
         Returns:
             The content of ``metrics.json``.
@@ -241,6 +309,7 @@ class Run:
             "eval_seconds": sum(found["seconds"] for found in (before, after, *baselines.values())),
             "peak_memory_bytes": peak_memory(),
             **({"headroom": before["headroom"]} if before["headroom"] else {}),
+            **(more or {}),
         }
         if baselines:
             summary["baselines"] = {name: found["metrics"] for name, found in baselines.items()}
@@ -257,7 +326,7 @@ class Run:
             after_rows=new,
             log_history=log_history,
             config=self.settings,
-            sections=self._agreement(old, new),
+            sections=[*sections, *self._agreement(old, new)],
             command=command_line(),
             n_examples=examples,
         )
@@ -273,6 +342,10 @@ class Run:
         write_whole(self.folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
         print(results_table(summary, self.folder))  # noqa: T201 - what the user waited for
         return summary
+
+    @property
+    def _training(self) -> Any:
+        return next((one for one in self.arguments if hasattr(one, "per_device_train_batch_size")), None)
 
     def _agreement(self, before: Sequence[Row], after: Sequence[Row]) -> list[str]:
         """The report's section on the judge; none in a run without one."""
@@ -304,11 +377,15 @@ class Run:
                     write_rows(self.folder / f"baseline_{name}.jsonl", found.rows)
                     write_whole(self.folder / "baselines.json", json.dumps(known, indent=2) + "\n")
 
-    def _store(self, when: str, found: Evaluation, seconds: float, headroom: dict[str, float]) -> None:
+    def _store(
+        self, when: str, found: Evaluation, seconds: float, headroom: dict[str, float], *, of: str | None = None
+    ) -> None:
         from rag_rl.evaluation.scoring import write_rows
 
         write_rows(self.folder / f"{when}.jsonl", found.rows)
-        content = {"metrics": found.metrics, "seconds": seconds, "headroom": headroom}
+        content: dict[str, Any] = {"metrics": found.metrics, "seconds": seconds, "headroom": headroom}
+        if of is not None:
+            content["of"] = of
         write_whole(self.folder / f"{when}.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -344,6 +421,17 @@ def launch(main: Callable[[], None]) -> None:
                 file=sys.stderr,
             )
             raise SystemExit(1) from error
+        end_processes()
+
+
+def end_processes() -> None:
+    """Leaves the process group, where there is one: a process that exits inside it now and then aborts at its end.
+
+    Only after a good end: whoever leaves after an error leaves the others waiting.
+    """
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def disk_trouble(error: Exception) -> str | None:
@@ -368,13 +456,21 @@ def disk_trouble(error: Exception) -> str | None:
     return None
 
 
-def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[str] | None = None) -> Run:
+def start_run(
+    recipe_file: str,
+    arguments: Sequence[type[Any]],
+    argv: Sequence[str] | None = None,
+    *,
+    in_steps: bool = False,
+) -> Run:
     """Parses the command line, opens the run folder, sets the seed and finds the resume point.
 
     Args:
         recipe_file: the recipe's ``__file__``.
         arguments: dataclasses to fill; one of them is a ``transformers.TrainingArguments``.
         argv: command line; None for the process's own.
+        in_steps: the run consists of steps that are runs of their own (``rag_rl.config.steps``): it may go on with
+            other settings, and the steps that depend on them are done anew.
 
     Returns:
         The run; its ``arguments`` are the filled dataclasses.
@@ -382,6 +478,7 @@ def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[s
     Raises:
         SystemExit: code 2 after bad input; code 0 where this very run is already finished.
         RunFolderError: the folder holds another run or an unfinished one.
+        MissingPackageError: a tracker of ``report_to`` is not installed.
     """
     instances = parse(recipe_file, *arguments, argv=argv)
     config = config_source(argv, recipe_file).stem
@@ -389,6 +486,10 @@ def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[s
     from transformers.utils import logging as hf_logging
 
     training = next(instance for instance in instances if isinstance(instance, TrainingArguments))
+    check_vllm(training)
+    check_sharding(training)
+    check_trackers(training.report_to)
+    share_out_loaded_models(training, False)
     recipe = Path(recipe_file).stem
     if training.output_dir in (None, "trainer_output"):
         training.output_dir = f"runs/{recipe}-{config}-seed{training.seed}"
@@ -396,20 +497,21 @@ def start_run(recipe_file: str, arguments: Sequence[type[Any]], argv: Sequence[s
     settings = resolved(instances)
     resume = _truth(training.resume_from_checkpoint)
     # Every process looks before any process writes.
-    checkpoint = open_folder(folder, {"recipe": recipe, **settings}, resume=resume, defaults=_defaults(arguments))
+    checkpoint = open_folder(
+        folder, {"recipe": recipe, **settings}, resume=resume, defaults=_defaults(arguments), in_steps=in_steps
+    )
     training.resume_from_checkpoint = checkpoint
+    run = Run(folder, recipe, config, training.seed, checkpoint, settings, instances)
     with main_process_only() as main:
         if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            record = {"recipe": recipe, "config": config, "made_with": versions(), **settings}
-            write_whole(folder / "resolved_config.yaml", yaml.safe_dump(record, sort_keys=False))
-            keep_prompts(folder, settings)
+            (folder / "metrics.json").unlink(missing_ok=True)  # of other settings, where there is one
+            run.keep_settings()
     set_seed(training.seed)
     hf_logging.set_verbosity_warning()
     logger.info("run folder: %s", folder)
     if checkpoint:
         logger.info("going on from %s", checkpoint)
-    return Run(folder, recipe, config, training.seed, checkpoint, settings, instances)
+    return run
 
 
 def start_data_run(
@@ -574,7 +676,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def open_folder(
-    folder: Path, settings: dict[str, Any], *, resume: bool, defaults: Mapping[str, Any] | None = None
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+    defaults: Mapping[str, Any] | None = None,
+    in_steps: bool = False,
 ) -> str | None:
     """Decides what may be done with an output folder.
 
@@ -583,6 +690,7 @@ def open_folder(
         settings: recipe and settings of this run.
         resume: whether an unfinished run shall go on.
         defaults: what a setting was that the folder does not name yet, since it came with a later version.
+        in_steps: whether a run of this recipe may go on with other settings.
 
     Returns:
         Path of the checkpoint to go on from, or None for the beginning.
@@ -608,11 +716,17 @@ def open_folder(
     changed = config_difference({**before, **new}, settings, ignore=RUNTIME_KEYS)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise RunFolderError(
-            f"output_dir {folder} holds another run ({'; '.join(changed[:3])}{more}): give another --output_dir"
-        )
-    done = folder / "metrics.json"
-    if done.is_file() and json.loads(done.read_text(encoding="utf-8")).get("status") == "complete":
+        told = f"({'; '.join(changed[:3])}{more})"
+        if not in_steps or before.get("recipe") != settings.get("recipe"):
+            raise RunFolderError(f"output_dir {folder} holds another run {told}: give another --output_dir")
+        if not resume:
+            raise RunFolderError(
+                f"output_dir {folder} holds this run with other settings {told}: go on with the new ones by "
+                "--resume_from_checkpoint true, which does the steps anew that depend on them, or give another "
+                "--output_dir"
+            )
+        return None
+    if is_finished(folder):
         print(f"{folder} is already finished: see {folder / 'report.html'}")  # noqa: T201
         raise SystemExit(0)
     if not resume:
@@ -621,6 +735,19 @@ def open_folder(
             "another --output_dir"
         )
     return last_checkpoint(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder is finished.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        True where its ``metrics.json`` says so.
+    """
+    done = folder / "metrics.json"
+    return done.is_file() and json.loads(done.read_text(encoding="utf-8")).get("status") == "complete"
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -695,6 +822,8 @@ def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
                         merged = True
                         logger.info("the base of the adapter is the folder %s: merged weights are saved", bases[0])
                     if merged:
+                        from rag_rl.trainers.cross_encoder_adapters import merge_adapter
+
                         merge_adapter(model)
                 model.save_pretrained(str(folder), create_model_card=False)
         return
@@ -705,27 +834,34 @@ def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
             if main:
                 make_base_relative(folder)
         return
+    if is_shared_out(trainer):
+        # No process holds the base whole: the adapter is saved, and merged into the base as it lies on the disk.
+        trainer.save_model(str(folder))
+        with main_process_only() as main:
+            if main:
+                merge_saved_adapter(folder, dtype=model.dtype)
+        return
     with main_process_only() as main:
         if main:
             model.merge_and_unload().save_pretrained(folder)
 
 
-def merge_adapter(model: Any) -> None:
-    """Merges the LoRA adapter of a sentence-transformers model into its weights, in place.
+def merge_saved_adapter(folder: Path, *, dtype: Any = None) -> None:
+    """Makes whole weights of a saved LoRA adapter and its base, in main memory.
 
     Args:
-        model: with an adapter.
+        folder: with the adapter, which the merged model replaces.
+        dtype: of the weights; None for that of the base.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
-    backbone = model.transformers_model
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()  # type: ignore[no-untyped-call]
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, module.get_base_layer())
-    backbone._hf_peft_config_loaded = False
-    del backbone.peft_config
+    content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = AutoModelForCausalLM.from_pretrained(content["base_model_name_or_path"], dtype=dtype)
+    merged: Any = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
 
 
 def make_base_relative(folder: Path) -> None:

@@ -4,9 +4,10 @@ Trains: nothing; it makes an index folder for --retriever_index_path of the othe
 Data: data_corpus (documents); with data_train (questions with gold_doc_ids[]) a search is measured as well;
     docs/data_formats.md.
 Rewards: none.
-Needs: tiny runs on 2 CPU cores in seconds; memory does not grow with the corpus, except that Chroma holds its graph.
-    A killed build goes on where it stopped when it is started again.
-Paper: none; flat inner-product search is exact, Chroma's HNSW graph (arXiv 1603.09320) is not.
+Needs: tiny runs on 2 CPU cores in seconds; memory does not grow with the corpus, except for retriever_index hnsw and
+    ivf_pq and for Chroma's graph (docs/scaling.md). A killed build goes on where it stopped when it is started again.
+Paper: none; flat search (retriever_index flat) is exact, a graph (hnsw, Chroma; arXiv 1603.09320) and compressed lists
+    (ivf_pq; Jegou et al., TPAMI 2011) are not.
 CPU: accelerate launch recipes/build_index.py
 One node: python recipes/build_index.py --config NAME --retriever_devices cuda:0 cuda:1
 Cluster: no (one process builds an index, on several devices of its node; every node then opens it)
@@ -36,10 +37,11 @@ def main() -> None:
     # 1. Start the run: strict parsing, index folder
     index_args, data_args, retriever_args = start_data_run(__file__, ARGUMENTS, parent="indexes")
 
-    from rag_rl.config.parts import build_corpus, build_encoder, build_probe
+    from rag_rl.config.parts import build_corpus, build_encoder, build_probe, index_settings
     from rag_rl.retrieval import build_index, open_index
 
     # 2. Data: documents, cut by the encoder's own tokenizer where data_chunk_tokens is set; questions to try a search
+    index = index_settings(retriever_args)
     encoder = build_encoder(retriever_args)
     passages = build_corpus(data_args, encoder.model.tokenizer)
     questions = build_probe(data_args)
@@ -52,11 +54,12 @@ def main() -> None:
         index_args.output_dir,
         backend=retriever_args.retriever_backend,
         chroma_url=retriever_args.retriever_chroma_url,
+        index=index,
     )
     seconds = time.monotonic() - started
 
     # 4. Open it as every other recipe will: files, encoder and stored probes are checked
-    retriever = open_index(index_args.output_dir, encoder, chroma_url=retriever_args.retriever_chroma_url)
+    retriever = open_index(index_args.output_dir, encoder, chroma_url=retriever_args.retriever_chroma_url, index=index)
 
     # 5. No trainer: a search over the questions instead, where their gold documents are known
     # 6. Report

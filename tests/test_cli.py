@@ -204,6 +204,47 @@ def test_doctor_names_what_is_missing(capsys, monkeypatch):
     assert "faiss                  missing: pip install 'rag-rl[cpu]' or [gpu]" in capsys.readouterr().out
 
 
+def test_doctor_sizes_a_config(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cli.main(["doctor", "--config", "grpo_generator/tiny", "--gpu_memory", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("grpo_generator/tiny: ${tiny}/reader, 1.")
+    assert "launch      one process" in lines[2]
+    assert "presets on a card of 8.0 GiB" in "\n".join(lines)
+    assert lines[-1] == "  advice      this config fits as it is"
+
+
+def test_doctor_sizes_a_config_over_several_processes(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launch = ["--launch", "accelerate_configs/zero2.yaml", "--processes", "4"]
+    cli.main(["doctor", "--config", "recipes/configs/sft_reasoner/tiny.yaml", *launch])
+    text = capsys.readouterr().out
+    assert "launch      4 processes, ZeRO-2" in text
+    assert "no GPU here" in text
+
+
+def test_doctor_says_how_a_models_config_is_fetched(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = refused(capsys, "doctor", "--config", "grpo_generator/qwen2.5-7b_hotpotqa_lora")
+    assert "'hf download Qwen/Qwen2.5-7B-Instruct config.json'" in line
+    assert "the header of the config says: 8 GPUs of 80 GB, or one with QLoRA" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--config", "grpo_generator/none"], "there is no such file"),
+        (["--config", "evaluate_rag/tiny"], "evaluate_rag trains nothing"),
+        (["--config", "grpo_generator/tiny", "--launch", "none.yaml"], "is no launch file of accelerate"),
+        (["--config", "grpo_generator/tiny", "--gpu_memory", "0"], "--gpu_memory must be above 0, got 0"),
+        (["--gpu_memory", "24"], "--gpu_memory goes with --config"),
+    ],
+)
+def test_doctor_refuses(capsys, monkeypatch, argv, expected):
+    monkeypatch.chdir(ROOT)
+    assert expected in refused(capsys, "doctor", *argv)
+
+
 # ---- the command itself
 
 

@@ -30,7 +30,6 @@ from rag_rl.run import (
     last_checkpoint,
     launch,
     make_base_relative,
-    merge_adapter,
     open_folder,
     report_index,
     results_table,
@@ -198,6 +197,16 @@ def test_unfinished_run_names_the_flag(tmp_path):
     assert open_folder(folder, SETTINGS, resume=True) is None
     checkpoint = make_checkpoint(folder, 30)
     assert open_folder(folder, SETTINGS, resume=True) == checkpoint
+
+
+def test_a_run_in_steps_goes_on_with_other_settings_where_that_is_asked_for(tmp_path):
+    folder = make_run(tmp_path / "run", learning_rate=0.2)
+    with pytest.raises(RunFolderError, match=r"with other settings \(learning_rate: 0.2 -> .*the steps anew"):
+        open_folder(folder, SETTINGS, resume=False, in_steps=True)
+    (folder / "metrics.json").write_text('{"status": "complete"}')
+    assert open_folder(folder, SETTINGS, resume=True, in_steps=True) is None
+    with pytest.raises(RunFolderError, match="another run"):
+        open_folder(folder, {**SETTINGS, "recipe": "another"}, resume=True, in_steps=True)
 
 
 def test_run_that_never_began_does_not_block_its_folder(tmp_path):
@@ -396,6 +405,32 @@ def test_baselines_are_measured_once_and_compared(tmp_path, capsys):
     place = lines.index("over bad")
     assert lines[place + 1].split() == ["em", "0.000", "1.000", "+1.000", "[+1.000,", "+1.000]"]
     assert "Against baselines" in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_finished_is_measured_until_it_changes(tmp_path):
+    run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
+    asked: list[str] = []
+
+    def opening(*answers: str):
+        def opened():
+            asked.append(answers[0])
+            return Saying(*answers).under_training("trainer", batch_size=8)
+
+        return opened
+
+    for _ in range(2):
+        run.measure("before", opening("Otto", "Otto", "Otto"), QUESTIONS, of="a")
+        run.measure("bare", opening("Mira", "Otto", "Otto"), QUESTIONS, of="a")
+        run.measure("after", opening("Mira", "Mira", "Otto"), QUESTIONS, of="b")
+    assert asked == ["Otto", "Mira", "Mira"]
+    run.measure("bare", opening("Mira", "Mira", "Mira"), QUESTIONS, of="c")
+    assert len(asked) == 4
+    assert not run.finished
+    summary = run.write_results([], sections=["<p>all rounds</p>"], more={"rounds": []})
+    assert run.finished
+    assert (summary["rounds"], summary["before"]["em"], summary["baselines"]["bare"]["em"]) == ([], 0.0, 1.0)
+    assert summary["after"]["em"] == pytest.approx(2 / 3)
+    assert "<p>all rounds</p>" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_without_baselines_says_nothing_of_them(tmp_path):
@@ -704,12 +739,37 @@ def test_an_adapter_of_a_model_on_the_hub_is_saved_alone(tmp_path):
 def test_merging_changes_no_vector():
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from rag_rl.trainers.cross_encoder_adapters import merge_adapter
+
     trainer, vector = trained_encoder("lora")
     names = set(trained_encoder("full")[0].model.state_dict())
     merge_adapter(trainer.model)
     assert trainer.model.encode(["Where is the home?"]) == pytest.approx(vector, abs=1e-5)
     assert not [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
     assert set(trainer.model.state_dict()) == names, "nothing of the adapter is left"
+
+
+def test_a_saved_adapter_is_merged_from_the_disk(tmp_path):
+    """What one process does where none holds the base whole (ZeRO-3, FSDP)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from rag_rl.tiny import FOLDER
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(FOLDER / "reader"),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    ).eval()
+    model.save_pretrained(tmp_path)
+    runs.merge_saved_adapter(tmp_path, dtype=model.dtype)
+    assert not list(tmp_path.glob("adapter_*"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([[5, 17, 90, 4]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
+        model.unload()
+        assert not torch.allclose(merged(ids).logits, model.base_model.model(ids).logits, atol=1e-2)
 
 
 # ---- folders of data

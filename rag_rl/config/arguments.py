@@ -82,6 +82,50 @@ class RetrieverArguments:
         default=None,
         metadata={"help": "index folder; by default under RAG_RL_CACHE or ~/.cache/rag-rl, built if missing"},
     )
+    retriever_index: Literal["flat", "hnsw", "ivf_pq"] = field(
+        default="flat",
+        metadata={
+            "help": "faiss: flat compares with every passage and is exact; hnsw walks a graph; ivf_pq looks into "
+            "lists of compressed vectors. docs/scaling.md says when; an index that exists must be of this kind"
+        },
+    )
+    retriever_index_hnsw_m: int | None = field(
+        default=None, metadata={"help": "hnsw: links a passage; default 32, which is 272 bytes a passage"}
+    )
+    retriever_index_ef_construction: int | None = field(
+        default=None, metadata={"help": "hnsw: candidates while the graph is built; default 4 times the links"}
+    )
+    retriever_index_ef_search: int | None = field(
+        default=None,
+        metadata={"help": "hnsw: candidates of a search, may change at any time; default 128, 256 from 10 million on"},
+    )
+    retriever_index_nlist: int | None = field(
+        default=None, metadata={"help": "ivf_pq: lists; default 4 times the square root of the number of passages"}
+    )
+    retriever_index_pq_m: int | None = field(
+        default=None,
+        metadata={"help": "ivf_pq: pieces of a vector, a divisor of its width; default width / 4, 96 at most"},
+    )
+    retriever_index_pq_bits: int | None = field(
+        default=None, metadata={"help": "ivf_pq: bits a piece, 4 to 12; default 8, fewer below 9,984 passages"}
+    )
+    retriever_index_sample: int | None = field(
+        default=None, metadata={"help": "ivf_pq: vectors to train from, at most; default 64 a list"}
+    )
+    retriever_index_nprobe: int | None = field(
+        default=None,
+        metadata={
+            "help": "ivf_pq: lists that a search looks into, may change at any time; default twice the square root of "
+            "nlist"
+        },
+    )
+    retriever_index_refine: int | None = field(
+        default=None,
+        metadata={
+            "help": "ivf_pq: so many times top_k are scored again with their vectors, may change at any time; "
+            "default 5"
+        },
+    )
     retriever_chroma_url: str | None = field(
         default=None, metadata={"help": "a Chroma server, as http://host:port; without it Chroma is embedded"}
     )
@@ -130,6 +174,10 @@ class RetrieverArguments:
     def __post_init__(self) -> None:
         if self.retriever_top_k < 1:
             raise ConfigError(f"retriever_top_k must be at least 1, got {self.retriever_top_k}")
+        if self.retriever_index != "flat" and self.retriever_backend != "faiss":
+            raise ConfigError(
+                f"retriever_index {self.retriever_index} needs retriever_backend faiss, got {self.retriever_backend}"
+            )
         if self.retriever_name == "http" and not self.retriever_url:
             raise ConfigError("retriever_name http needs retriever_url, as http://host:port")
         if self.retriever_name in ("dense", "none") and self.retriever_url:

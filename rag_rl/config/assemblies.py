@@ -253,10 +253,14 @@ def plan_assembly(given: Mapping[str, Any]) -> AssemblyPlan:
             inherited |= {name: run[name] for name in _CORPUS if name in run}
         if run["recipe"] == "distill_retriever":
             inherited["retriever_encoder"] = given["retriever_run"]
+        if run["recipe"] == "self_boost":
+            inherited["retriever_encoder"] = _part_of(given["retriever_run"], "retriever")
         if given.get("retriever_encoder"):
             raise ConfigError("retriever_run brings its encoder along: leave retriever_encoder out")
     if model := given.get("augmenter_model"):
         inherited |= _inherited(model, "augmenter_prompt", "an augmenter", AugmenterArguments, runs, "augmenter")
+        if runs.get("augmenter", {}).get("recipe") == "self_boost":
+            given = {**given, "augmenter_model": _part_of(model, "augmenter")}
     if model := given.get("retriever_reranker"):
         _inherited(model, "reranker_model", "a reranker", RetrieverArguments, runs, "reranker")
         if "reranker" in runs:
@@ -576,6 +580,11 @@ def _inherited(
     runs[part] = run
     names = {field.name for field in dataclasses.fields(kind)}
     return {name: run[name] for name in names & run.keys() if name.startswith(f"{part}_")}
+
+
+def _part_of(run: str, part: str) -> str:
+    """The folder of a part in a run that trained two."""
+    return str(Path(expand(run)) / part)
 
 
 def _filled(kind: type[T], values: Mapping[str, Any]) -> T:

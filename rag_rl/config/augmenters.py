@@ -19,7 +19,7 @@ from rag_rl.types import Array, Generator, IntArray, Passage, Question
 
 if TYPE_CHECKING:
     from rag_rl.generation import QueryAugmenter
-    from rag_rl.retrieval import DenseRetriever
+    from rag_rl.retrieval import DenseRetriever, Encoder
     from rag_rl.retrieval.augmented import AugmentedRetriever, Augmenter
 
 logger = logging.getLogger(__name__)
@@ -241,11 +241,34 @@ def build_augmented_retriever(
     Raises:
         ConfigError: no such task, or as in ``AugmentedRetriever``.
     """
+    return _augmented(args, index.encoder, augmenter, index)
+
+
+def build_augmented_encoder(args: AugmenterArguments, encoder: Encoder, augmenter: Augmenter) -> AugmentedRetriever:
+    """Puts an augmenter before an encoder; there is no index.
+
+    Args:
+        args: how the two are mixed.
+        encoder: makes all vectors.
+        augmenter: writes the texts.
+
+    Returns:
+        An encoder; it cannot ``search``.
+
+    Raises:
+        ConfigError: no such task, or as in ``AugmentedRetriever``.
+    """
+    return _augmented(args, encoder, augmenter, None)
+
+
+def _augmented(
+    args: AugmenterArguments, encoder: Encoder, augmenter: Augmenter, index: DenseRetriever | None
+) -> AugmentedRetriever:
     from rag_rl.retrieval.augmented import AugmentedRetriever
 
     instruction, answer_type = augmentation_task(args)
     return AugmentedRetriever(
-        index.encoder,
+        encoder,
         augmenter,
         index=index,
         weight=args.augmenter_weight,

@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rag_rl.evaluation import ReasoningAssembly
     from rag_rl.evaluation.scoring import Part
     from rag_rl.reasoning import StepScorer, StepSetup
+    from rag_rl.retrieval import IndexSettings
 
 logger = logging.getLogger(__name__)
 
@@ -223,24 +224,46 @@ def build_encoder(args: RetrieverArguments) -> Any:
     )
 
 
+def index_settings(args: RetrieverArguments) -> IndexSettings:
+    """Gathers how vectors are to be searched.
+
+    Args:
+        args: ``retriever_index`` and what begins with it.
+
+    Returns:
+        Settings for ``build_index`` and ``open_index``.
+
+    Raises:
+        ConfigError: a value out of range, or of another kind of index.
+    """
+    from rag_rl.retrieval import IndexSettings
+
+    names = [field.name for field in fields(IndexSettings) if field.name != "kind"]
+    return IndexSettings(args.retriever_index, **{name: getattr(args, f"retriever_index_{name}") for name in names})
+
+
 def index_folder(args: RetrieverArguments, data: DataArguments, encoder: Any) -> Path:
     """Where the index of this corpus and encoder lies.
 
     Args:
         args: ``retriever_index_path`` wins.
-        data: the corpus and how it is cut.
+        data: the corpus and how it is cut. How its path is spelt makes no difference, nor does a link on the way.
         encoder: its fingerprint is part of the name.
 
     Returns:
         A folder, which may not exist yet.
+
+    Raises:
+        ConfigError: a setting of the index is out of range.
     """
     if args.retriever_index_path:
         return Path(expand(args.retriever_index_path))
-    corpus = Path(expand(data.data_corpus))
+    index = index_settings(args)
+    # Nothing is added for a flat index, so that those in older caches are found.
+    kind: tuple[Any, ...] = () if index.kind == "flat" else (index.kind, index.of_building())
     key = repr(
         (
-            str(corpus.absolute()),
-            _stamp(corpus),
+            *_identity(expand(data.data_corpus)),
             data.data_text_columns,
             data.data_title_column,
             data.data_id_column,
@@ -249,6 +272,7 @@ def index_folder(args: RetrieverArguments, data: DataArguments, encoder: Any) ->
             encoder.fingerprint,
             args.retriever_backend,
             args.retriever_chroma_url,
+            *kind,
         )
     )
     return _cache_folder() / "indexes" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -256,6 +280,19 @@ def index_folder(args: RetrieverArguments, data: DataArguments, encoder: Any) ->
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("RAG_RL_CACHE") or Path.home() / ".cache" / "rag-rl")
+
+
+def _identity(source: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """Which corpus a source names, in one spelling, and the state that its files are in."""
+    from rag_rl.data.hub import is_hub_source, parse_hub_source
+
+    if not is_hub_source(source):
+        path = Path(source).resolve()
+        return str(path), _stamp(path)
+    name, configuration, split = parse_hub_source(source)
+    local = Path(name).is_dir()  # a folder in the form of the Hub's
+    path = Path(name).resolve()
+    return repr((str(path) if local else name, configuration, split)), _stamp(path) if local else []
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
@@ -291,6 +328,7 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
         case "none":
             return None
         case "dense":
+            index = index_settings(args)
             encoder = build_encoder(args)
             folder = index_folder(args, data, encoder)
             with first_process():
@@ -301,8 +339,9 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
                         folder,
                         backend=args.retriever_backend,
                         chroma_url=args.retriever_chroma_url,
+                        index=index,
                     )
-            retriever = open_index(folder, encoder, chroma_url=args.retriever_chroma_url)
+            retriever = open_index(folder, encoder, chroma_url=args.retriever_chroma_url, index=index)
         case "http":
             retriever = HTTPRetriever(
                 args.retriever_url,

@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 ROWS, QUERIES, QUESTIONS, CORPUS = "synthesis.jsonl", "queries.json", "questions.jsonl", "corpus.jsonl"
 _SETTINGS, _SUMMARY = "synthesis_config.yaml", "summary.json"
-# What may change while the rows grow: where the model is asked and how patiently, and how queries are tried out.
+# What may change while the rows grow: where the model is asked and how patiently, what is made of the rows, and how
+# queries are tried out.
 _MAY_CHANGE = frozenset(
     {
         "synthesis_base_url", "synthesis_api_key_env", "synthesis_concurrency", "synthesis_timeout_s",
-        "synthesis_max_retries", "data_train", "data_train_size", "data_eval", "data_eval_size",
+        "synthesis_max_retries", "synthesis_form", "data_train", "data_train_size", "data_eval", "data_eval_size",
     }
 )  # fmt: skip
 _PROBE_K = 10
@@ -214,10 +215,12 @@ def report_queries(
     """
     from rag_rl.data import write_questions
     from rag_rl.data.reinforced_ir import SyntheticQuery, write_queries
-    from rag_rl.generation.synthesis import KEPT, in_bucket
+    from rag_rl.generation.synthesis import KEPT, content_words, in_bucket
 
     rows, first = [], set()
     for row in found.rows:
+        if args.synthesis_form == "keywords":
+            row = {**row, "query": content_words(row["query"])}
         text = " ".join(row["query"].lower().split())
         if row["outcome"] == KEPT:
             row = {**row, "outcome": "duplicate" if text in first else KEPT}

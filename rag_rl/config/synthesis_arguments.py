@@ -51,6 +51,13 @@ class SynthesisArguments:
             "synthesize_query_answer"
         },
     )
+    synthesis_form: Literal["question", "keywords"] = field(
+        default="question",
+        metadata={
+            "help": "question (as it was written) or keywords (what is kept loses its function words, as people type "
+            "into a search box; English only)"
+        },
+    )
     synthesis_answer_marker: str = field(default="Answer:", metadata={"help": "what stands before an answer"})
     synthesis_passages: int | None = field(
         default=15_000, metadata={"help": "passages to write queries for, at most; null for all"}

@@ -13,6 +13,18 @@ FOLDER = "synthetic"
 _FINISHED = "summary.json"
 
 
+def queries_written(folder: Path) -> bool:
+    """Whether a run's own queries are all there.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        True after ``ensure_queries``.
+    """
+    return (folder / FOLDER / _FINISHED).is_file()
+
+
 def ensure_queries(
     data: DataArguments, synthesis: SynthesisArguments, retriever: RetrieverArguments, folder: Path, *, seed: int
 ) -> None:
@@ -36,7 +48,7 @@ def ensure_queries(
     if data.data_train:
         return
     # One process writes queries; several may find them written.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (made / _FINISHED).is_file():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and queries_written(folder):
         build_synthesis_corpus(data, made)
     else:
         report_queries(synthesize_queries(synthesis, data, made, seed=seed), synthesis, data, retriever, made)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rag_rl.data.fields import BadRows, describe
 from rag_rl.data.paths import missing_path, resolve_data_path
+from rag_rl.data.whole_files import whole_file
 from rag_rl.errors import DataError
 
 _CHUNK = 1 << 20
@@ -184,23 +184,15 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
         DataError: the disk refuses, or a row cannot be written as JSON.
     """
     target = resolve_data_path(path, must_exist=False)
-    # The same folder, since a file can be replaced in one step only within its own file system.
-    half = target.with_name(f".{target.name}.{os.getpid()}.part")
     count = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with half.open("wb") as file:
+        with whole_file(target) as file:
             for row in rows:
                 count += 1
                 file.write(_encode(row, f"{target}: row {count}"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, target)
     except OSError as error:
         raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            half.unlink()
     return count
 
 

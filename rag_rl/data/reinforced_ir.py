@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +28,7 @@ from typing import Any, TypeVar
 from rag_rl.data.fields import BadRows, Fields, broken_character, describe
 from rag_rl.data.jsonl import opened, read_json_array, read_jsonl, write_jsonl
 from rag_rl.data.paths import resolve_data_path
+from rag_rl.data.whole_files import whole_file
 from rag_rl.errors import DataError
 from rag_rl.types import Passage
 
@@ -676,18 +675,11 @@ def _write_array(path: str | Path, items: Iterable[Any]) -> int:
 def _write_whole(path: str | Path, pieces: Iterable[str]) -> None:
     """Writes a file that appears whole or not at all."""
     target = resolve_data_path(path, must_exist=False)
-    half = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with half.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, target)
+        with whole_file(target) as file:
+            file.writelines(piece.encode("utf-8") for piece in pieces)
     except UnicodeEncodeError as error:
         raise DataError(f"{target} cannot be written in UTF-8: {error}") from error
     except OSError as error:
         raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            half.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rag_rl.data.whole_files import whole_file
 from rag_rl.errors import DataError
 
 Points = list[tuple[int, float]]
@@ -231,9 +231,8 @@ def draw_curves(log_history: Iterable[Mapping[str, Any]], path: Path) -> None:
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    half = path.with_name(f".{path.name}.part")
-    figure.savefig(half, format="png", facecolor="white")
-    os.replace(half, path)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", facecolor="white")
 
 
 def svg_curve(

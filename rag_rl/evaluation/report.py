@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from rag_rl.data.whole_files import whole_file
 from rag_rl.errors import DataError
 from rag_rl.evaluation.curves import curve_panels, svg_curve
 from rag_rl.evaluation.scoring import Row
@@ -136,10 +136,9 @@ def write_page(path: Path, *, title: str, body: str) -> Path:
     if not path.parent.is_dir():
         raise DataError(f"{path}: its folder does not exist")
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    half = path.with_name(f".{path.name}.part")
-    # A lone surrogate in a model's reply is no reason to lose the report.
-    half.write_text(template.substitute(title=escape(title), body=body), encoding="utf-8", errors="replace")
-    os.replace(half, path)
+    with whole_file(path) as file:
+        # A lone surrogate in a model's reply is no reason to lose the report.
+        file.write(template.substitute(title=escape(title), body=body).encode("utf-8", "replace"))
     return path
 
 

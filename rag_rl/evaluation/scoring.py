@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rag_rl import metrics
+from rag_rl.data.whole_files import whole_file
 from rag_rl.errors import BackendError, DataError
 from rag_rl.text import has_format
 from rag_rl.types import Hit, Question, Retriever
@@ -365,11 +365,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         path: file to write.
         rows: evaluated questions.
     """
-    half = path.with_name(f".{path.name}.part")
-    # What UTF-8 cannot hold can only stand inside a JSON string, where Python's escape of it is JSON's too.
-    with half.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(half, path)
+    with whole_file(path) as file:
+        # What UTF-8 cannot hold can only stand inside a JSON string, where Python's escape of it is JSON's too.
+        file.writelines(
+            json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for row in rows
+        )
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -36,6 +36,12 @@ PROBLEMS = {
 _LABEL = re.compile(r"^(?:\W*(?:search )?(?:question|query|claim|argument|title)\s*:[\s*_]*)+", re.IGNORECASE)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "«": "»", "`": "`"}
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# English words that nobody types into a search box.
+_FUNCTION_WORDS = frozenset(
+    "a an and are as at be been being by can could did do does for from had has have how i if in into is it its of on "
+    "one or our shall should so some such than that the their them there these they this those to was we were what "
+    "when where which who whom whose why will with would you your".split()
+)
 _VERDICT = re.compile(r"(?<!\d)[01](?!\d)")
 
 
@@ -323,6 +329,23 @@ class GeneratorWriter:
         elif wish.supported is None and holds(draft.query, draft.answer):
             problem = "answer_in_query"
         return Draft(draft.query, draft.answer, problem)
+
+
+def content_words(query: str) -> str:
+    """What somebody types who looks for the same: the words that carry the meaning, in their order. English only.
+
+    Args:
+        query: a question or a sentence.
+
+    Returns:
+        Its words without function words and punctuation around them; the query itself where nothing would be left.
+
+    Example:
+        >>> content_words("Which river does Tamsaham lie on?")
+        'river Tamsaham lie'
+    """
+    words = [word.strip(".,:;?!\"'()") for word in query.split()]
+    return " ".join(word for word in words if word and word.lower() not in _FUNCTION_WORDS) or query
 
 
 class SentenceWriter:

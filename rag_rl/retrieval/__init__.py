@@ -13,6 +13,7 @@ from rag_rl.retrieval.dense import DenseRetriever, open_index
 from rag_rl.retrieval.encoder import Encoder, SentenceEncoder
 from rag_rl.retrieval.history import HistoryEncoder
 from rag_rl.retrieval.http import HTTPRetriever
+from rag_rl.retrieval.index_settings import IndexSettings
 from rag_rl.retrieval.negatives import mine_negatives, text_groups
 from rag_rl.retrieval.reranked import PairScorer, RerankedRetriever
 from rag_rl.retrieval.static import ShuffledRetriever, StaticRetriever
@@ -25,6 +26,7 @@ __all__ = [
     "Encoder",
     "HTTPRetriever",
     "HistoryEncoder",
+    "IndexSettings",
     "PairScorer",
     "RerankedRetriever",
     "SentenceEncoder",

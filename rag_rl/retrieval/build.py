@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -33,9 +33,10 @@ from rag_rl.errors import (
     RagRLError,
     RunFolderError,
 )
-from rag_rl.retrieval import chroma
+from rag_rl.retrieval import approximate, chroma
 from rag_rl.retrieval.encoder import Encoder
 from rag_rl.retrieval.flat import FlatBackend, exact_search, import_faiss
+from rag_rl.retrieval.index_settings import IndexSettings
 from rag_rl.retrieval.manifest import (
     FORMAT,
     MANIFEST,
@@ -63,6 +64,8 @@ _LOCK = ".lock"
 _PROBES = 8
 _PROBE_TOP_K = 10
 
+_Searcher: TypeAlias = "FlatBackend | approximate.ApproximateBackend | chroma.ChromaBackend"
+
 
 def build_index(
     passages: Iterable[Passage],
@@ -71,29 +74,34 @@ def build_index(
     *,
     backend: Literal["faiss", "chroma"] = "faiss",
     chroma_url: str | None = None,
+    index: IndexSettings | None = None,
     batch_size: int = 512,
     progress: bool = True,
 ) -> None:
     """Makes an index folder, resumes one, or finds it finished.
 
-    Memory does not grow with the corpus, except that Chroma holds its own graph. After a kill, the same call goes on:
-    the passages are read again and compared with what is stored, but no stored one is embedded again. Several
-    processes may call this for the same folder: one builds, the others wait and find it finished.
+    Memory does not grow with the corpus, except for what the kinds of index that are not flat keep in it while they
+    are built (``rag_rl.retrieval.approximate``; Chroma's graph). After a kill, the same call goes on: the passages are
+    read again and compared with what is stored, but no stored one is embedded again, and a graph or lists go on from
+    where they were last saved. Several processes may call this for the same folder: one builds, the others wait and
+    find it finished.
 
     Args:
         passages: the corpus, in a fixed order; read once.
         encoder: makes the vectors.
         folder: an index folder, an unfinished one, or one that is empty or not there yet.
-        backend: ``"faiss"`` (exact) or ``"chroma"`` (approximate; meant for vectors of length 1).
+        backend: ``"faiss"`` or ``"chroma"`` (approximate; meant for vectors of length 1).
         chroma_url: a Chroma server, ``http://host:port``; None: Chroma's database lies in the folder.
+        index: kind of FAISS' index; None: flat, which is exact. An unfinished folder may be finished with another.
         batch_size: passages that are embedded, then written, at a time; at least 1.
         progress: show a bar.
 
     Raises:
-        ConfigError: an unknown backend, a bad batch size, or a server address without Chroma.
+        ConfigError: an unknown backend, a bad batch size, a server address without Chroma, or a kind of index that
+            does not fit the backend, the width of the vectors or their number.
         DataError: no passages, an invalid one, or the same (doc_id, chunk) twice.
         IndexMismatchError: the folder has an index, finished or not, of another encoder, other passages or another
-            backend.
+            backend, or a finished one of another kind.
         IndexDamagedError: the finished index in the folder is damaged.
         RunFolderError: the folder holds something else.
         MissingPackageError: the backend's package is not installed.
@@ -105,6 +113,9 @@ def build_index(
         raise ConfigError(f"the indexing batch size must be at least 1, got {batch_size}")
     if chroma_url is not None and backend != "chroma":
         raise ConfigError(f"retriever_chroma_url needs retriever_backend chroma, got {backend}")
+    index = index or IndexSettings()
+    if index.kind != "flat" and backend != "faiss":
+        raise ConfigError(f"retriever_index {index.kind} needs retriever_backend faiss, got {backend}")
     # Before hours of embedding, not after.
     if backend == "faiss":
         import_faiss()
@@ -114,6 +125,10 @@ def build_index(
         chroma.connect(url=chroma_url).close()
 
     total = len(passages) if isinstance(passages, Sized) else None
+    if total is None:
+        index.check_width(encoder.dimension)
+    elif total:
+        index.resolved(total, encoder.dimension)
     stream = iter(passages)
     first = next(stream, None)
     if first is None:
@@ -125,11 +140,11 @@ def build_index(
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if (folder / MANIFEST).exists():
-            _check_finished(stream, encoder, folder, backend, chroma_url, progress=progress, total=total)
+            _check_finished(stream, encoder, folder, backend, chroma_url, index, progress=progress, total=total)
             return
         _start(folder, encoder, backend, chroma_url)
         count = _embed(stream, encoder, folder, batch_size=batch_size, progress=progress, total=total)
-        _finish(folder, encoder, backend, chroma_url, count, progress=progress)
+        _finish(folder, encoder, backend, chroma_url, index, count, progress=progress)
 
 
 @contextmanager
@@ -382,21 +397,32 @@ def open_matrix(folder: Path, dimension: int) -> Array:
 
 
 def _finish(
-    folder: Path, encoder: Encoder, backend: str, chroma_url: str | None, count: int, *, progress: bool
+    folder: Path,
+    encoder: Encoder,
+    backend: str,
+    chroma_url: str | None,
+    index: IndexSettings,
+    count: int,
+    *,
+    progress: bool,
 ) -> None:
     matrix = open_matrix(folder, encoder.dimension)
     place: dict[str, Any] = {}
-    searcher: FlatBackend | chroma.ChromaBackend
+    settings = index.resolved(count, encoder.dimension)
+    names = [TEXTS, ENDS, VECTORS]
+    searcher: _Searcher
     if backend == "chroma":
         place, searcher = _fill_chroma(folder, chroma_url, matrix, progress=progress)
+    elif settings:
+        names.append(approximate.file_name(settings))
+        searcher = _build_approximate(folder / names[-1], matrix, settings, progress=progress)
     else:
         searcher = FlatBackend(matrix)
     probes = _make_probes(folder, encoder, matrix, searcher)
     searcher.close()
-    if backend == "chroma":
-        _warn_of_low_recall(matrix, probes)
+    if not isinstance(searcher, FlatBackend):
+        _warn_of_low_recall(matrix, probes, "Chroma's graph" if backend == "chroma" else f"the {index.kind} index")
 
-    names = [TEXTS, ENDS, VECTORS]
     if place.get("folder"):
         names += sorted(str(p.relative_to(folder)) for p in (folder / place["folder"]).rglob("*") if p.is_file())
     with _disk_errors(folder):
@@ -414,9 +440,35 @@ def _finish(
             files={name: file_checksum(folder / name) for name in names},
             probes=probes,
             chroma=place,
+            index=settings,
         )
         write_manifest(folder, manifest)
         (folder / PROGRESS).unlink()
+
+
+def _build_approximate(
+    path: Path, matrix: Array, settings: dict[str, Any], *, progress: bool
+) -> approximate.ApproximateBackend:
+    for leftover in path.parent.glob(f"*{approximate.SUFFIX}*"):
+        if leftover != path:  # of a build with other settings, or the half of a save
+            leftover.unlink()
+    _warn_of_lengths(path.parent, matrix, settings["kind"])
+    bar = tqdm(total=len(matrix), desc=f"building {settings['kind']}", unit=" vectors", disable=not progress)
+    with bar, _disk_errors(path.parent):
+        approximate.build_file(path, matrix, settings, tick=bar.update)
+    return approximate.ApproximateBackend(path, matrix, settings)
+
+
+def _warn_of_lengths(folder: Path, matrix: Array, kind: str) -> None:
+    rows = np.unique(np.linspace(0, len(matrix) - 1, 1000).astype(np.int64))
+    lengths = np.linalg.norm(matrix[rows], axis=1)
+    if kind == "hnsw" and lengths.max() > 1.01 * lengths.min():
+        logger.warning(
+            "the vectors of %s have lengths from %.3g to %.3g: the graph is built and searched by inner product all "
+            "the same, the metric of every index here, and finds less of it than of unit vectors; retriever_normalize "
+            "true makes them so, retriever_index flat is exact",
+            folder, lengths.min(), lengths.max(),
+        )  # fmt: skip
 
 
 def _fill_chroma(
@@ -449,9 +501,7 @@ def _fill_chroma(
     return {"collection": collection, "folder": database.name if database else None, "url": url}, searcher
 
 
-def _make_probes(
-    folder: Path, encoder: Encoder, matrix: Array, searcher: FlatBackend | chroma.ChromaBackend
-) -> list[Probe]:
+def _make_probes(folder: Path, encoder: Encoder, matrix: Array, searcher: _Searcher) -> list[Probe]:
     # The first words of the first passage: any text will do, as long as it is not empty.
     store = PassageStore(folder)
     text = " ".join(store[0].contents.split()[:12]) or "probe"
@@ -469,7 +519,7 @@ def _make_probes(
     ]
 
 
-def _warn_of_low_recall(matrix: Array, probes: Sequence[Probe]) -> None:
+def _warn_of_low_recall(matrix: Array, probes: Sequence[Probe], what: str) -> None:
     queries = np.stack([matrix[probe.row] for probe in probes if probe.row is not None])
     _, exact = exact_search(matrix, queries, len(probes[0].rows))
     shares = [
@@ -479,7 +529,9 @@ def _warn_of_low_recall(matrix: Array, probes: Sequence[Probe]) -> None:
     recall = float(np.mean(shares))
     if recall < 0.9:
         logger.warning(
-            "Chroma's graph finds only %.0f%% of the exact neighbours; retriever_backend faiss is exact", 100 * recall
+            "%s finds only %.0f%% of the exact neighbours; retriever_backend faiss with retriever_index flat is exact",
+            what,
+            100 * recall,
         )
 
 
@@ -489,6 +541,7 @@ def _check_finished(
     folder: Path,
     backend: str,
     chroma_url: str | None,
+    index: IndexSettings,
     *,
     progress: bool,
     total: int | None,
@@ -498,6 +551,8 @@ def _check_finished(
         raise IndexMismatchError(
             f"the index {folder} has backend {manifest.backend}, here {backend}: use that, or delete the folder"
         )
+    if backend == "faiss":
+        index.opened(manifest.index, f"the index {folder}")
     # A server may have moved to another address, so only "embedded or server" is compared.
     if backend == "chroma" and (manifest.chroma["url"] is None) != (chroma_url is None):
         raise IndexMismatchError(

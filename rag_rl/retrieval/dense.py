@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,15 +13,17 @@ import numpy as np
 
 from rag_rl.errors import ConfigError, IndexDamagedError, IndexMismatchError
 from rag_rl.retrieval import chroma
+from rag_rl.retrieval.approximate import SUFFIX, ApproximateBackend
 from rag_rl.retrieval.build import open_matrix
 from rag_rl.retrieval.encoder import Encoder
 from rag_rl.retrieval.flat import FlatBackend
+from rag_rl.retrieval.index_settings import IndexSettings
 from rag_rl.retrieval.manifest import Manifest, check_encoder, read_manifest, unpack_vector, verify_files
 from rag_rl.retrieval.passages import PassageStore
 from rag_rl.types import Array, Hit, IntArray, Query
 
 # An approximate backend may find a little less than on the day it was built (Chroma replays its last rows in any
-# order).
+# order; another processor rounds otherwise, and a walk through a graph takes another turn).
 _MIN_PROBE_OVERLAP = 0.8
 # Another device or precision moves a vector by far less, another model by far more.
 _MAX_VECTOR_DRIFT = 0.1
@@ -32,7 +35,13 @@ class _Backend(Protocol):
     def close(self) -> None: ...
 
 
-def open_index(folder: str | Path, encoder: Encoder, *, chroma_url: str | None = None) -> DenseRetriever:
+def open_index(
+    folder: str | Path,
+    encoder: Encoder,
+    *,
+    chroma_url: str | None = None,
+    index: IndexSettings | None = None,
+) -> DenseRetriever:
     """Opens an index after checking that it is whole, fits the encoder and answers as it did when it was made.
 
     Every file is read once for its checksum: some damage (a cut Chroma graph) changes results without any error.
@@ -41,15 +50,17 @@ def open_index(folder: str | Path, encoder: Encoder, *, chroma_url: str | None =
         folder: an index folder made by ``build_index``.
         encoder: the encoder that made it.
         chroma_url: another address of the Chroma server than at building time.
+        index: what kind of FAISS' index it must be; its parameters of the search are searched with, and enter the
+            fingerprint. None: whatever it is.
 
     Returns:
         The retriever.
 
     Raises:
         IndexDamagedError: the folder is no finished index, or files are missing, cut or changed.
-        IndexMismatchError: it was made with another encoder.
+        IndexMismatchError: it was made with another encoder, or is of another kind.
         BackendError: the Chroma server does not answer.
-        ConfigError: a server address for an index without Chroma.
+        ConfigError: a server address for an index without Chroma, or a parameter of the search out of range.
         MissingPackageError: the backend's package is not installed.
     """
     folder = Path(folder)
@@ -57,6 +68,14 @@ def open_index(folder: str | Path, encoder: Encoder, *, chroma_url: str | None =
     if chroma_url is not None and manifest.backend != "chroma":
         raise ConfigError(f"retriever_chroma_url {chroma_url}: the index {folder} has backend {manifest.backend}")
     check_encoder(f"the index {folder}", manifest.encoder, manifest.encoder_settings, encoder)
+    searched = dict(manifest.index)
+    if index is not None and index.kind != "flat" and manifest.backend != "faiss":
+        raise IndexMismatchError(
+            f"the index {folder} has backend {manifest.backend}, retriever_index {index.kind} is for faiss: leave it "
+            "out, or build one in another folder"
+        )
+    if index is not None and manifest.backend == "faiss":
+        searched = index.opened(manifest.index, f"the index {folder}")
     verify_files(folder, manifest)
     matrix = open_matrix(folder, manifest.dimension)
     backend: _Backend
@@ -65,6 +84,9 @@ def open_index(folder: str | Path, encoder: Encoder, *, chroma_url: str | None =
         database = None if url else folder / manifest.chroma["folder"]
         client = chroma.connect(folder=database, url=url)
         backend = chroma.ChromaBackend(client, manifest.chroma["collection"], matrix, where=url or str(database))
+    elif manifest.index:
+        (name,) = [name for name in manifest.files if name.endswith(SUFFIX)]
+        backend = ApproximateBackend(folder / name, matrix, manifest.index)
     else:
         backend = FlatBackend(matrix)
     retriever = DenseRetriever(folder, manifest, matrix, PassageStore(folder), backend, encoder)
@@ -73,6 +95,9 @@ def open_index(folder: str | Path, encoder: Encoder, *, chroma_url: str | None =
     except (IndexDamagedError, IndexMismatchError):
         retriever.close()
         raise
+    if isinstance(backend, ApproximateBackend):  # the probes are asked as they were, everything else as is wanted now
+        backend.settings = searched
+        retriever.manifest = dataclasses.replace(manifest, index=searched)
     return retriever
 
 
@@ -104,7 +129,7 @@ def _run_probes(retriever: DenseRetriever, manifest: Manifest) -> None:
     scores, rows = retriever.search_vectors(queries, top_k=expected_rows.shape[1])
     own = np.einsum("bd,bkd->bk", queries, retriever.vectors(rows))
     tolerance = 1e-3 * max(1.0, float(np.abs(expected_scores).max()))
-    if manifest.backend == "faiss":
+    if manifest.backend == "faiss" and not manifest.index:
         # Equal scores may come in any order, so scores are compared and rows are not.
         sound = np.allclose(scores, expected_scores, atol=tolerance)
     else:

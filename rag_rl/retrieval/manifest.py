@@ -65,6 +65,7 @@ class Manifest:
         files: path in the folder -> ``{"size", "sha256"}``; for a database the hash is of its content, its size None.
         probes: searches with known outcome, the first one from a text.
         chroma: ``{"collection", "folder" | None, "url" | None}``, empty for FAISS.
+        index: kind and parameters of an approximate FAISS index (``IndexSettings.resolved``), empty for all others.
         format: version of this format.
     """
 
@@ -77,12 +78,15 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     probes: list[Probe] = field(default_factory=list)
     chroma: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
     def fingerprint(self) -> str:
-        """Same encoder, same passages in the same order, same backend: same fingerprint, wherever it was built."""
+        """Same encoder, same passages in the same order, same search: same fingerprint, wherever it was built."""
         parts = [self.backend, self.encoder, self.files["passages.jsonl"]["sha256"], str(self.count), self.metric]
+        if self.index:
+            parts.append(json.dumps(self.index, sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 import torch
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import nn
 
 from rag_rl.errors import ConfigError, DataError
@@ -150,14 +150,14 @@ def thaw_adapter(model: CrossEncoder) -> None:
                 parameter.requires_grad_(True)
 
 
-def merge_adapter(model: CrossEncoder) -> None:
-    """Merges the adapter into the weights, in place; a quantised body becomes a plain one first.
+def merge_adapter(model: CrossEncoder | SentenceTransformer) -> None:
+    """Merges the LoRA adapter into the weights, in place; a quantised body becomes a plain one first.
 
-    What is saved then is an ordinary cross-encoder. Merging into dequantised weights keeps the function that was
+    What is saved then is an ordinary model. Merging into dequantised weights keeps the function that was
     trained; merging into the weights from before quantisation, or quantising the sum, would change it.
 
     Args:
-        model: with an adapter.
+        model: a cross-encoder or an encoder with an adapter.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -167,10 +167,14 @@ def merge_adapter(model: CrossEncoder) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             _replace(backbone, name, module.modules_to_save[module.active_adapters[0]])
         elif isinstance(module, BaseTunerLayer):
-            base = _plain(module.get_base_layer())
-            with torch.no_grad():
-                for adapter in module.active_adapters:
-                    base.weight += module.get_delta_weight(adapter).to(base.weight)
+            base: nn.Module = module.get_base_layer()
+            if type(base).__name__ == "Linear4bit":
+                base = plain = _plain(base)
+                with torch.no_grad():
+                    for adapter in module.active_adapters:
+                        plain.weight += module.get_delta_weight(adapter).to(plain.weight)  # type: ignore[operator]
+            else:
+                module.merge()  # type: ignore[no-untyped-call]
             _replace(backbone, name, base)
     for name, module in list(backbone.named_modules()):
         if type(module).__name__ == "Linear4bit":
@@ -216,17 +220,13 @@ def _declared_heads(name: str) -> list[str]:
         return head_names(AutoModelForSequenceClassification.from_config(config))
 
 
-def _plain(layer: nn.Module) -> nn.Linear:
-    if not isinstance(layer, nn.Linear):
-        raise ConfigError(f"only linear layers can be merged, got {type(layer).__name__}")
-    if type(layer).__name__ != "Linear4bit":
-        return layer
+def _plain(layer: Any) -> nn.Linear:
+    """The dequantised layer of a ``Linear4bit``."""
     from bitsandbytes.functional import dequantize_4bit
 
-    quantized: Any = layer
-    state = quantized.weight.quant_state
+    state = layer.weight.quant_state
     plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, state).to(quantized.compute_dtype or state.dtype))
+    plain.weight = nn.Parameter(dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype or state.dtype))
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().to(plain.weight))
     return plain

@@ -19,6 +19,7 @@ from rag_rl.config.arguments import (
 )
 from rag_rl.config.parsing import read_arguments
 from rag_rl.errors import ConfigError
+from rag_rl.retrieval import IndexSettings
 
 PREFIX = {
     DataArguments: "data_",
@@ -75,6 +76,19 @@ def test_lists_are_not_shared():
 def test_top_k_below_one(top_k):
     with pytest.raises(ConfigError, match=f"retriever_top_k must be at least 1, got {top_k}"):
         RetrieverArguments(retriever_top_k=top_k)
+
+
+def test_kinds_of_index_are_those_of_faiss():
+    with pytest.raises(ConfigError, match="retriever_index hnsw needs retriever_backend faiss, got chroma"):
+        RetrieverArguments(retriever_index="hnsw", retriever_backend="chroma")
+
+
+def test_every_setting_of_an_index_has_its_flag():
+    names = {field.name for field in dataclasses.fields(IndexSettings)} - {"kind"}
+    flags = {field.name for field in dataclasses.fields(RetrieverArguments)}
+    assert {f"retriever_index_{name}" for name in names} | {"retriever_index_path"} == {
+        flag for flag in flags if flag.startswith("retriever_index_")
+    }
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,37 @@ def test_a_distilled_encoder_embeds_documents_as_well(tmp_path):
     assert told[0] == told[1]
 
 
+def test_both_parts_of_a_pair_that_taught_each_other(tmp_path):
+    run = run_of(
+        tmp_path / "r",
+        "self_boost",
+        None,
+        retriever_encoder="${tiny}/encoder",
+        data_corpus="${tiny}/data/corpus.jsonl",
+        augmenter_prompt="tiny_passage",
+        augmenter_task="tiny",
+        augmenter_prefix="",
+        augmenter_weight=0.3,
+        augmenter_max_new_tokens=9,
+    )
+    for part, model in (("retriever", "encoder_young"), ("augmenter", "reader")):
+        shutil.copytree(FOLDER / model, run / part)
+    plan, _, found = built(retriever_run=str(run), augmenter_model=str(run))
+    assert (plan.augmenter.augmenter_weight, plan.augmenter.augmenter_max_new_tokens) == (0.3, 9)
+    _, _, apart = built(
+        **{**RETRIEVER, "retriever_encoder": "${tiny}/encoder_young", "retriever_top_k": 5},
+        augmenter_model="${tiny}/reader",
+        augmenter_prompt="tiny_passage",
+        augmenter_task="tiny",
+        augmenter_prefix="",
+        augmenter_weight=0.3,
+        augmenter_max_new_tokens=9,
+    )
+    query = ["Where does Falledric live?"]
+    told = [[h.passage.doc_id for h in one.retriever.search(query, top_k=5)[0]] for one in (found, apart)]
+    assert told[0] == told[1]
+
+
 def test_a_reranker_keeps_its_number_of_candidates(tmp_path):
     run = run_of(tmp_path / "r", "train_reranker", FOLDER / "encoder", reranker_model="x", reranker_candidates=7)
     _, search, found = built(**RETRIEVER, retriever_reranker=str(run))

@@ -16,6 +16,7 @@ from rag_rl.config.augmenter_arguments import AugmenterArguments, AugmenterModel
 from rag_rl.config.augmenters import (
     SourcedQuery,
     augmentation_task,
+    build_augmented_encoder,
     build_augmented_retriever,
     build_augmenter,
     build_dense_index,
@@ -281,3 +282,9 @@ def test_a_retriever_that_asks_the_augmenter(index):
     assert "Write a brief passage about the subject" in turns[0]["content"]
     assert turns[0]["content"].startswith("Given a question about a person")
     assert (retriever.weight, retriever.prefix, retriever.side) == (0.1, "", "document")
+    # The same vectors from another encoder of these weights, without an index to search.
+    alone = build_augmented_encoder(args, index.encoder, wrap_generator(args, generator))
+    query = ["Where does nobody live?"]
+    assert (alone.encode_queries(query) == retriever.encode_queries(query)).all()
+    with pytest.raises(ConfigError, match="has no index to search"):
+        alone.search(query, top_k=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import sys
@@ -47,11 +48,13 @@ from rag_rl.config.parts import (
     expand,
     import_attribute,
     index_folder,
+    index_settings,
     make_trainable,
 )
 from rag_rl.errors import ConfigError, DataError, IndexMismatchError
 from rag_rl.evaluation import ReasoningAssembly
 from rag_rl.judges import ScriptedJudge
+from rag_rl.retrieval import IndexSettings
 from rag_rl.tiny import FOLDER
 from rag_rl.types import JudgeCase, Passage, Question
 
@@ -237,8 +240,70 @@ def test_index_folder_follows_what_is_in_it(encoder, tmp_path, monkeypatch):
     corpus.write_text('{"doc_id": "a", "text": "b"}\n{"doc_id": "c", "text": "d"}\n')
     others.append(index_folder(TINY, data, encoder))
     assert len({first, *others}) == 8
+    # Another kind is another index, and so is what is built into it; what only a search reads is not.
+    graph = dataclasses.replace(TINY, retriever_index="hnsw")
+    others = [
+        index_folder(graph, data, encoder),
+        index_folder(dataclasses.replace(graph, retriever_index_hnsw_m=8), data, encoder),
+        index_folder(dataclasses.replace(TINY, retriever_index="ivf_pq"), data, encoder),
+        index_folder(TINY, data, encoder),
+    ]
+    assert len(set(others)) == 4
+    assert others[0] == index_folder(dataclasses.replace(graph, retriever_index_ef_search=9), data, encoder)
     named = dataclasses.replace(TINY, retriever_index_path=str(tmp_path / "mine"))
     assert index_folder(named, data, encoder) == tmp_path / "mine"
+
+
+def test_index_folder_is_the_same_for_every_spelling_of_a_path(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_RL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAG_RL_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    corpus = tmp_path / "there" / "corpus.jsonl"
+    corpus.parent.mkdir()
+    corpus.write_text('{"doc_id": "a", "text": "b"}\n')
+    (tmp_path / "link").symlink_to(corpus.parent)
+
+    def folder(source):
+        return index_folder(TINY, DataArguments(data_corpus=source), encoder)
+
+    spellings = [
+        str(corpus),
+        "there/corpus.jsonl",
+        "./there/../there/corpus.jsonl",
+        "link/corpus.jsonl",
+        "${data}/there/corpus.jsonl",
+    ]
+    assert len({folder(spelling) for spelling in spellings}) == 1
+    # As it has always been where nothing was to be resolved: what is in a cache is found.
+    stamp = [("corpus.jsonl", corpus.stat().st_size, corpus.stat().st_mtime_ns)]
+    key = repr((str(corpus), stamp, [], None, None, None, None, encoder.fingerprint, "faiss", None))
+    assert folder(str(corpus)).name == hashlib.sha256(key.encode()).hexdigest()[:16]
+    # A data set of the Hub is the same from everywhere, a folder in its form is as any other.
+    hub = [folder("hub:me/wines:train"), folder("hub:me/wines:test"), folder("hub:there:train")]
+    assert len(set(hub)) == 3
+    monkeypatch.chdir("there")
+    assert folder("hub:me/wines:train") == hub[0]
+    assert folder("hub:../link:train") == hub[2]
+    corpus.write_text('{"doc_id": "a", "text": "c"}\n{"doc_id": "d", "text": "e"}\n')
+    assert folder("hub:../there:train") != hub[2]
+
+
+def test_the_kind_of_index(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_RL_CACHE", str(tmp_path / "cache"))
+    graph = dataclasses.replace(TINY, retriever_index="hnsw", retriever_index_ef_search=40)
+    assert index_settings(graph) == IndexSettings("hnsw", ef_search=40)
+    first = build_retriever(graph, DATA)
+    assert first.manifest.index["ef_search"] == 40
+    again = build_retriever(dataclasses.replace(graph, retriever_index_ef_search=50), DATA)
+    assert again.folder == first.folder
+    assert again.manifest.index["ef_search"] == 50
+    with pytest.raises(ConfigError, match="retriever_index_nprobe needs retriever_index ivf_pq, got hnsw"):
+        build_retriever(dataclasses.replace(graph, retriever_index_nprobe=3), DATA)
+    flat = dataclasses.replace(TINY, retriever_index_path=str(first.folder))
+    with pytest.raises(IndexMismatchError, match="is hnsw, retriever_index is flat: set retriever_index hnsw"):
+        build_retriever(flat, DATA)
+    first.close()
+    again.close()
 
 
 def test_dense_retriever_is_built_once(retriever):

@@ -124,6 +124,16 @@ def test_a_query_of_two_passages_is_kept_once(args, data, tmp_path):
     assert len(read_queries(tmp_path / "out" / "queries.json")) == 1
 
 
+def test_of_rows_that_are_there_keywords_are_made(args, data, tmp_path):
+    run(args, data, tmp_path / "out", seed=1)
+    before = (tmp_path / "out" / "synthesis.jsonl").read_bytes()
+    args.synthesis_form = "keywords"
+    assert run(args, data, tmp_path / "out", seed=1)["kept"] == 20
+    found = {one.query for one in read_queries(tmp_path / "out" / "queries.json")}
+    assert all(query.startswith("Town ") and " lies river " in query for query in found), "without on and the"
+    assert (tmp_path / "out" / "synthesis.jsonl").read_bytes() == before, "the rows are as they were written"
+
+
 def test_another_synthesis_is_refused(args, data, tmp_path):
     run(args, data, tmp_path / "out")
     with pytest.raises(RunFolderError, match=r"came about otherwise \(.*seed.*give another --output_dir"):

@@ -8,7 +8,7 @@ import pytest
 
 from rag_rl.config.arguments import DataArguments, RetrieverArguments
 from rag_rl.config.synthesis_arguments import SynthesisArguments
-from rag_rl.config.synthetic import ensure_queries
+from rag_rl.config.synthetic import ensure_queries, queries_written
 from rag_rl.errors import ConfigError
 
 SENTENCES = SynthesisArguments(synthesis_writer="sentences", synthesis_check="none", synthesis_passages=None)
@@ -31,7 +31,9 @@ def test_named_queries_are_left_alone(corpus, tmp_path):
 
 def test_queries_are_written_once(corpus, tmp_path, monkeypatch):
     data = DataArguments(data_corpus=corpus)
+    assert not queries_written(tmp_path / "run")
     ensure_queries(data, SENTENCES, RetrieverArguments(), tmp_path / "run", seed=1)
+    assert queries_written(tmp_path / "run")
     assert data.data_train == str(tmp_path / "run" / "synthetic")
     written = (tmp_path / "run" / "synthetic" / "queries.json").read_bytes()
     assert len(json.loads(written)) == 5

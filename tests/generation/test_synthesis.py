@@ -18,6 +18,7 @@ from rag_rl.generation.synthesis import (
     Unit,
     Wish,
     choose_passages,
+    content_words,
     draw_wish,
     holds,
     in_bucket,
@@ -175,6 +176,20 @@ def test_a_failed_request_is_a_problem_of_its_own():
     assert GeneratorWriter(Failing(), TASK).write([MIRA], [WISH], seed=0) == [Draft("", problem="failed")]
     assert RelevanceCheck(Failing(), TASK).problems([MIRA], [Draft("q")]) == ["failed"]
     assert AnswerCheck(Failing()).problems([MIRA], [Draft("q", "Mira")]) == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("What is the guild of Waladric?", "guild Waladric"),
+        ("Where is the ferry of Tamsabeck?", "ferry Tamsabeck"),
+        ("Who leads 'Dunahold', please?", "leads Dunahold please"),
+        ("who is it?", "who is it?"),
+        ("Café (1842)?", "Café 1842"),
+    ],
+)
+def test_keywords(query, expected):
+    assert content_words(query) == expected
 
 
 def test_sentences():

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,29 +173,12 @@ def test_published_lists_in(run_here, brief, tmp_path, trained_run, file):
 # ---- slow: resume, launchers
 
 
-def killed_when(flags: list[object], folder: Path, log: Path, reached: Callable[[], bool]) -> None:
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *map(str, flags), "--output_dir", str(folder)],
-            cwd=folder.parent,
-            stdout=output,
-            stderr=output,
-            env=dict(os.environ),
-        )
-        deadline = time.monotonic() + 240
-        while not reached() and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-
-
 def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @pytest.mark.slow
-def test_killed_at_every_stage_and_resumed(run_recipe, brief, tmp_path, written):
+def test_killed_at_every_stage_and_resumed(run_recipe, kill_when, brief, tmp_path, written):
     """The queries' own stage is killed in test_synthesize_queries; mined negatives are there whole or not at all."""
     from rag_rl.run import last_checkpoint
 
@@ -214,7 +194,7 @@ def test_killed_at_every_stage_and_resumed(run_recipe, brief, tmp_path, written)
     }
     kept: dict[str, bytes] = {}
     for stage, reached in stages.items():
-        killed_when(flags, folder, tmp_path / f"{stage}.log", reached)
+        kill_when(reached, RECIPE, *flags, "--output_dir", folder, cwd=tmp_path)
         assert not (folder / "metrics.json").exists(), f"killed in {stage}"
         for path in (made / "augmentations.0.jsonl", made / "rankings.0.jsonl"):
             now = path.read_bytes() if path.is_file() else b""
@@ -249,7 +229,7 @@ def test_accelerate_launch_without_arguments(brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path, written):
+def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path, written):
     """With plain gradient descent, which shows a gradient that is off by a factor."""
     from safetensors.torch import load_file
 
@@ -258,12 +238,8 @@ def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path, written):
     alone, both = tmp_path / "alone", tmp_path / "both"
     done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*brief(**same, per_device_train_batch_size=4), "--output_dir", str(both)]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = [*brief(**same, per_device_train_batch_size=4), "--output_dir", both]
+    done = launch_recipe(RECIPE, *flags, cwd=tmp_path)
     assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
     for name in ("answers.json", "mined.jsonl", "train.jsonl"):
         assert (both / "retriever" / name).read_bytes() == (alone / "retriever" / name).read_bytes(), name
@@ -280,12 +256,8 @@ def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path, written):
 
 
 @pytest.mark.slow
-def test_several_processes_write_no_queries(brief, tmp_path):
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *brief()], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode != 0
+def test_several_processes_write_no_queries(launch_recipe, brief, tmp_path):
+    done = launch_recipe(RECIPE, *brief(), cwd=tmp_path, code=None)
     assert f"{RECIPE}.py: error: one process writes queries" in done.stderr
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,9 +60,13 @@ def rows_of(folder: Path, when: str) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
 
 
-def steps_of(folder: Path) -> list[int]:
+def history_of(folder: Path) -> list[dict]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["step"] for entry in history if "loss" in entry]
+    return [entry for entry in history if "loss" in entry]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [entry["step"] for entry in history_of(folder)]
 
 
 # ---- a run and what it leaves
@@ -209,31 +210,16 @@ def test_copy_of_the_recipe_runs_elsewhere(run_recipe, brief, tmp_path):
     assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
 
 
-def kill_when(happened: Callable[[], bool], flags: list[str], tmp_path: Path) -> None:
-    """Starts the recipe and kills it as soon as something has happened."""
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, *flags], stdout=log, stderr=log, cwd=tmp_path, env=dict(os.environ)
-        )
-        deadline = time.monotonic() + 240
-        while not happened():
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["candidates", "scores"])
-def test_killed_while_preferences_are_made(run_recipe, brief, tmp_path, stage):
+def test_killed_while_preferences_are_made(run_recipe, kill_when, brief, tmp_path, stage):
     changes = {"preference_batch_size": 2, "data_train_size": 60, "max_steps": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_recipe(RECIPE, *brief(**changes), "--output_dir", whole, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     flags = [*brief(**changes), "--output_dir", str(killed)]
     path = killed / "generator" / f"{stage}-0.jsonl"
-    kill_when(lambda: path.is_file() and path.stat().st_size > 0, flags, tmp_path)
+    kill_when(lambda: path.is_file() and path.stat().st_size > 0, RECIPE, *flags, cwd=tmp_path)
     left = path.read_bytes()
     left = left[: left.rfind(b"\n") + 1]
     assert 0 < len(left.splitlines()) < 30, "killed in the middle"
@@ -246,42 +232,36 @@ def test_killed_while_preferences_are_made(run_recipe, brief, tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_killed_while_training(run_recipe, brief, tmp_path):
-    from rag_rl.run import last_checkpoint
-
+def test_killed_while_training(kill_and_resume, brief, tmp_path):
     folder = tmp_path / "run"
-    flags = [*brief(max_steps=30, save_steps=3), "--output_dir", str(folder)]
-    kill_when(lambda: last_checkpoint(folder) is not None, flags, tmp_path)
-    checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
-    assert checkpoint < 30, "killed in the middle"
-    kept = {name: (folder / name).read_bytes() for name in ("before.json", "generator/train.jsonl")}
-    refused = run_recipe(RECIPE, *flags, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
-    done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
+    flags = brief(max_steps=30, save_steps=3)
+    once = ("before.json", "generator/train.jsonl")
+    assert kill_and_resume(RECIPE, *flags, folder=folder, cwd=tmp_path, once=once) < 30
     assert steps_of(folder) == list(range(1, 31))
-    for name, content in kept.items():
-        assert (folder / name).read_bytes() == content, f"{name} is made once"
     assert metrics_of(folder)["status"] == "complete"
 
 
 @pytest.mark.slow
-def test_two_processes(brief, tmp_path):
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*brief(per_device_train_batch_size=2), "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "run")
-    assert (found["num_processes"], found["n_eval"]) == (2, 11)
-    place = tmp_path / "run" / "generator"
+def test_two_processes_do_what_one_does(run_here, launch_recipe, brief, tmp_path):
+    """Five steps of 16 pairs, in one process or 8 in each of two: the same pairs, the same losses."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    same = {"max_steps": 5, "data_train_size": 48, "preference_candidates": 6, "preference_batch_size": 8}
+    done = launch_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", both, cwd=tmp_path)
+    place = both / "generator"
     shares = [len((place / f"candidates-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
-    assert shares == [1, 1]
-    assert len(read_candidates(place / "answers.json")) == 12
-    assert len(read_augmented(tmp_path / "run" / "retriever" / "answers.json")) == 12
+    assert shares == [3, 3], "batches of eight queries"
+    assert len(read_candidates(place / "answers.json")) == 48
+    assert len(read_augmented(both / "retriever" / "answers.json")) == 48
+    assert len((place / "train.jsonl").read_text().splitlines()) >= 80, "no pair comes twice in five steps"
+    flags = [*brief(**same, per_device_train_batch_size=16), "--preference_file", place / "train.jsonl"]
+    assert run_here(RECIPE, *flags, "--output_dir", alone) == 0
+    assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
+    assert metrics_of(both)["n_eval"] == 11
+    ours, theirs = history_of(both), history_of(alone)
+    assert [entry["step"] for entry in ours] == [1, 2, 3, 4, 5]
+    assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs], abs=1e-4)
+    assert abs(ours[0]["loss"] - ours[-1]["loss"]) > 0.01, "the weights moved"
+    assert metrics_of(both)["before"] == pytest.approx(metrics_of(alone)["before"], abs=1e-9)
     assert done.stdout.count("held-out questions; trained") == 1
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -161,7 +158,7 @@ def steps(*, completions, trainer_state=None, **_):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(run_recipe, short, tmp_path):
+def test_killed_and_resumed(run_recipe, kill_when, short, tmp_path):
     from rag_rl.run import last_checkpoint
 
     (tmp_path / "noting.py").write_text(NOTING)
@@ -170,17 +167,11 @@ def test_killed_and_resumed(run_recipe, short, tmp_path):
     folder = tmp_path / "run"
     rewards = ["--reward_names", "em", "format", "noting:steps", "--reward_weights", "1.0", "0.1", "0.0"]
     flags = [*short(max_steps=12, save_steps=3, headroom_samples=0), *rewards, "--output_dir", str(folder)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, RECIPE, *flags], env={**os.environ, **env}, stdout=log, stderr=log, cwd=tmp_path
-        )
-        deadline = time.monotonic() + 120
-        while last_checkpoint(folder) is None or last_checkpoint(folder).endswith("-3"):
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+
+    def happened() -> bool:
+        return last_checkpoint(folder) is not None and not last_checkpoint(folder).endswith("-3")
+
+    kill_when(happened, "grpo_generator", *flags, cwd=tmp_path, env=env)
     checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
     assert checkpoint in (6, 9), "killed in the middle"
     assert not (folder / "metrics.json").exists()
@@ -227,13 +218,9 @@ def test_copy_of_the_recipe_runs_elsewhere(run_recipe, short, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(short, tmp_path, finished_run):
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*short(per_device_train_batch_size=8, headroom_samples=0), "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, RECIPE, *flags], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes(launch_recipe, short, tmp_path, finished_run):
+    flags = [*short(per_device_train_batch_size=8, headroom_samples=0), "--output_dir", tmp_path / "run"]
+    done = launch_recipe("grpo_generator", *flags, cwd=tmp_path)
     found, alone = metrics_of(tmp_path / "run"), metrics_of(finished_run)
     assert found["num_processes"] == 2
     assert found["before"] == pytest.approx(alone["before"], abs=1e-9)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,50 +165,20 @@ def test_a_constant_reward_teaches_nothing(run_here, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(run_recipe, brief, tmp_path):
-    from rag_rl.run import last_checkpoint
-
+def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
     folder = tmp_path / "run"
-    flags = [*brief(max_steps=8, save_steps=2), "--output_dir", str(folder)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=log, stderr=log, cwd=tmp_path)
-        try:
-            deadline = time.monotonic() + 600
-            while last_checkpoint(folder) is None:
-                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    checkpoint = int(Path(str(last_checkpoint(folder))).name.split("-")[1])
-    first = (folder / "before.json").read_bytes()
-    refused = run_recipe(RECIPE, *flags, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
-    done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
+    assert kill_and_resume(RECIPE, *brief(max_steps=8, save_steps=2), folder=folder, cwd=tmp_path) < 8
     assert [entry["step"] for entry in history_of(folder)] == list(range(1, 9))
-    assert (folder / "before.json").read_bytes() == first, "before is measured once"
 
 
 @pytest.mark.slow
-def test_two_processes(brief, tmp_path):
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*brief(max_steps=2, per_device_train_batch_size=4), "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "run")
+def test_two_processes(launch_recipe, brief, tmp_path):
+    folder = tmp_path / "run"
+    flags = brief(max_steps=2, per_device_train_batch_size=4)
+    done = launch_recipe(RECIPE, *flags, "--output_dir", folder, cwd=tmp_path)
+    found = metrics_of(folder)
     assert (found["num_processes"], found["n_eval"], found["status"]) == (2, 12, "complete")
-    assert [entry["step"] for entry in history_of(tmp_path / "run")] == [1, 2]
+    assert [entry["step"] for entry in history_of(folder)] == [1, 2]
     assert "injected tokens of" in done.stderr
 
 

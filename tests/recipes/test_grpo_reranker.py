@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,29 +164,13 @@ def test_rows_from_files(run_here, brief, tmp_path, trained_run):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(run_recipe, brief, tmp_path):
-    from rag_rl.run import last_checkpoint
-
+def test_killed_and_resumed(run_recipe, kill_and_resume, brief, tmp_path):
     flags = brief(max_steps=60, save_steps=5, data_train_size=40)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_recipe(RECIPE, *flags, "--output_dir", whole, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags, "--output_dir", str(killed)],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=dict(os.environ),
-    )
-    deadline = time.monotonic() + 240
-    while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "metrics.json").exists(), "it was killed in mid-run"
-    again = run_recipe(RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", "true", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "supervised steps before" not in again.stderr, "the checkpoint holds what they taught"
+    # What the supervised steps before them taught is in the checkpoint: they are not taken again.
+    assert kill_and_resume(RECIPE, *flags, folder=killed, cwd=tmp_path) < 60
     assert [entry["step"] for entry in history_of(killed)] == list(range(1, 61))
     assert [entry["reward"] for entry in history_of(killed)] == pytest.approx(
         [entry["reward"] for entry in history_of(whole)], abs=1e-6
@@ -203,7 +183,7 @@ def test_killed_and_resumed(run_recipe, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path):
+def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path):
     """With plain gradient descent, which shows a gradient that is off by a factor."""
     from safetensors.torch import load_file
 
@@ -212,12 +192,7 @@ def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*brief(**same, per_device_train_batch_size=4), "--output_dir", str(both)]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_recipe(RECIPE, *brief(**same, per_device_train_batch_size=4), "--output_dir", both, cwd=tmp_path)
     assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
     for when in ("before", "after"):
         assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-4)

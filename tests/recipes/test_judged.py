@@ -268,32 +268,22 @@ class Failing:
 
 
 @pytest.mark.slow
-def test_a_judge_that_fails_in_one_process_stops_all_of_them(short, tmp_path):
+def test_a_judge_that_fails_in_one_process_stops_all_of_them(launch_recipe, short, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
     flags = [*short(max_steps=4, save_steps=50, per_device_train_batch_size=8, headroom_samples=0), "--judge_name"]
     flags += ["failing:Failing", "--config", "tiny_judged", "--output_dir", str(tmp_path / "run")]
 
-    def run(fails: str, *more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [accelerate, "launch", "--config_file", config, ROOT / "recipes" / f"{RECIPE}.py", *flags, *more],
-            env={**os.environ, "PYTHONPATH": str(tmp_path), "FAILS": fails},
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=300,
-        )
+    def run(fails: str, *more: str, code: int) -> subprocess.CompletedProcess[str]:
+        env = {"PYTHONPATH": str(tmp_path), "FAILS": fails}
+        return launch_recipe(RECIPE, *flags, *more, cwd=tmp_path, env=env, code=code)
 
-    stopped = run("yes")
-    assert stopped.returncode == 1
+    stopped = run("yes", code=1)
     said = "stopped: the judge of one process is gone; go on with --resume_from_checkpoint true"
     assert stopped.stderr.count(said) == 2, stopped.stderr[-3000:]
     # Asked once for the held-out answers and once a step.
     assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
     assert len(list((tmp_path / "run" / "checkpoint-2").glob("rng_state_*.pth"))) == 2
-    resumed = run("no", "--resume_from_checkpoint", "true")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    run("no", "--resume_from_checkpoint", "true", code=0)
     assert list(logged(tmp_path / "run", "loss")) == [1, 2, 3, 4]
     assert metrics_of(tmp_path / "run")["num_processes"] == 2
 

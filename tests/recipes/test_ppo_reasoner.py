@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -145,37 +141,11 @@ def test_a_constant_reward_teaches_nothing(run_here, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(run_recipe, brief, tmp_path):
-    from rag_rl.run import last_checkpoint
-
+def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
     folder = tmp_path / "run"
-    flags = [*brief(max_steps=6, save_steps=2), "--output_dir", str(folder)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, *flags], env=dict(os.environ), stdout=log, stderr=log, cwd=tmp_path
-        )
-        deadline = time.monotonic() + 240
-        while last_checkpoint(folder) is None:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
-    assert checkpoint in (2, 4), "killed in the middle"
-    assert not (folder / "metrics.json").exists()
-    first = (folder / "before.json").read_bytes()
-
-    refused = run_recipe(RECIPE, *flags, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
-
-    done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
+    assert kill_and_resume(RECIPE, *brief(max_steps=6, save_steps=2), folder=folder, cwd=tmp_path) in (2, 4)
     assert [entry["step"] for entry in history_of(folder)] == list(range(1, 7))
     assert [entry["round"] for entry in history_of(folder)] == [1, 1, 2, 2, 3, 3]
-    assert (folder / "before.json").read_bytes() == first, "before is measured once"
     assert metrics_of(folder)["status"] == "complete"
 
 
@@ -183,16 +153,13 @@ def test_killed_and_resumed(run_recipe, brief, tmp_path):
 @pytest.mark.parametrize(
     "peft", [(), ("--use_peft", "true", "--lora_target_modules", "all-linear")], ids=["full", "lora"]
 )
-def test_two_processes(brief, tmp_path, peft):
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*brief(per_device_train_batch_size=8, data_eval_size=21), "--output_dir", str(tmp_path / "run"), *peft]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "run")
+def test_two_processes(launch_recipe, brief, tmp_path, peft):
+    folder = tmp_path / "run"
+    flags = brief(per_device_train_batch_size=8, data_eval_size=21)
+    done = launch_recipe(RECIPE, *flags, *peft, "--output_dir", folder, cwd=tmp_path)
+    found = metrics_of(folder)
     assert (found["num_processes"], found["n_eval"]) == (2, 21)
-    assert [entry["step"] for entry in history_of(tmp_path / "run")] == [1, 2, 3]
+    assert [entry["step"] for entry in history_of(folder)] == [1, 2, 3]
     assert done.stdout.count("held-out questions; trained") == 1
 
 

@@ -6,10 +6,8 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,49 +247,36 @@ def test_copy_of_the_recipe_runs_elsewhere(run_recipe, brief, chains, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(run_recipe, brief, tmp_path):
-    from rag_rl.run import last_checkpoint
-
+def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
     folder = tmp_path / "run"
-    flags = [*brief(max_steps=30, save_steps=3), "--output_dir", str(folder)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=log, stderr=log, cwd=tmp_path)
-        deadline = time.monotonic() + 240
-        while last_checkpoint(folder) is None:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
-    assert checkpoint < 30, "killed in the middle"
-    first, written = (folder / "before.json").read_bytes(), (folder / "trajectories.jsonl").read_bytes()
-
-    refused = run_recipe(RECIPE, *flags, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
-
-    done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
+    flags = brief(max_steps=30, save_steps=3)
+    once = ("before.json", "trajectories.jsonl")
+    assert kill_and_resume(RECIPE, *flags, folder=folder, cwd=tmp_path, once=once) < 30
     assert [entry["step"] for entry in history_of(folder)] == list(range(1, 31))
-    assert (folder / "before.json").read_bytes() == first, "before is measured once"
-    assert (folder / "trajectories.jsonl").read_bytes() == written, "chains are written once"
     assert metrics_of(folder)["status"] == "complete"
 
 
 @pytest.mark.slow
-def test_two_processes(brief, tmp_path):
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*brief(per_device_train_batch_size=2, data_eval_size=11), "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "run")
-    assert (found["num_processes"], found["n_eval"]) == (2, 11)
-    qids = [chain.question.qid for chain in read_trajectories(tmp_path / "run" / "trajectories.jsonl")]
-    assert len(qids) == len(set(qids)) == 12, "one process wrote the chains"
+def test_two_processes_do_what_one_does(run_here, launch_recipe, brief, tmp_path):
+    """Five steps of 16 examples, in one process or 8 in each of two: the same examples, the same losses."""
+    from safetensors.torch import load_file
+
+    same = {"max_steps": 5, "data_train_size": 40, "data_eval_size": 11, "learning_rate": 1e-3}
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert run_here(RECIPE, *brief(**same, per_device_train_batch_size=16), "--output_dir", alone) == 0
+    done = launch_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", both, cwd=tmp_path)
+    assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
+    assert metrics_of(both)["n_eval"] == 11
+    qids = [chain.question.qid for chain in read_trajectories(both / "trajectories.jsonl")]
+    assert len(qids) == len(set(qids)) == 40, "one process wrote the chains"
+    assert (both / "trajectories.jsonl").read_bytes() == (alone / "trajectories.jsonl").read_bytes()
+    ours, theirs = history_of(both), history_of(alone)
+    assert [entry["step"] for entry in ours] == [1, 2, 3, 4, 5]
+    assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs], abs=1e-4)
+    assert [entry["grad_norm"] for entry in ours] == pytest.approx([entry["grad_norm"] for entry in theirs], rel=1e-2)
+    start, end = load_file(FOLDER / "reader" / "model.safetensors"), load_file(both / "model.safetensors")
+    assert max((end[name] - start[name]).abs().max().item() for name in start) > 1e-3, "the weights moved"
+    assert metrics_of(both)["before"] == pytest.approx(metrics_of(alone)["before"], abs=1e-9)
     assert done.stdout.count("held-out questions; trained") == 1
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,21 +203,16 @@ def test_a_generator_reads_what_a_finished_run_ranks_first(trained_run, finished
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path):
+def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path):
     """With plain gradient descent, which shows a gradient that is off by a factor."""
     from safetensors.torch import load_file
 
-    same = {"max_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "data_eval_size": 21}
-    same |= {"learning_rate": 0.05, "max_grad_norm": 0.0}
+    same = {"max_steps": 5, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "data_eval_size": 21}
+    same |= {"learning_rate": 0.05, "max_grad_norm": 0.0, "data_train_size": 120}
     alone, both = tmp_path / "alone", tmp_path / "both"
-    done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", alone, cwd=tmp_path)
+    done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=16), "--output_dir", alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-    flags = [*brief(**same, per_device_train_batch_size=4), "--output_dir", str(both)]
-    done = subprocess.run(
-        [ACCELERATE, "launch", "--config_file", config, SCRIPT, *flags], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", both, cwd=tmp_path)
     assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
     assert metrics_of(both)["n_eval"] == 21
     assert metrics_of(both)["before"] == metrics_of(alone)["before"]
@@ -244,31 +235,12 @@ def test_two_processes_do_what_one_does(run_recipe, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(run_recipe, brief, tmp_path):
-    from rag_rl.run import last_checkpoint
-
+def test_killed_and_resumed(run_recipe, kill_and_resume, brief, tmp_path):
     flags = brief(max_steps=60, save_steps=5, data_train_size=40)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_recipe(RECIPE, *flags, "--output_dir", whole, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags, "--output_dir", str(killed)],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=dict(os.environ),
-    )
-    deadline = time.monotonic() + 240
-    while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "metrics.json").exists(), "it was killed in mid-run"
-    refused = run_recipe(RECIPE, *flags, "--output_dir", killed, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "go on with --resume_from_checkpoint true" in refused.stderr
-    again = run_recipe(RECIPE, *flags, "--output_dir", killed, "--resume_from_checkpoint", "true", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr[-3000:]
+    assert kill_and_resume(RECIPE, *flags, folder=killed, cwd=tmp_path) < 60
     assert steps_of(killed) == list(range(1, 61))
     assert metrics_of(killed)["before"] == metrics_of(whole)["before"]
     assert metrics_of(killed)["after"] == pytest.approx(metrics_of(whole)["after"], abs=1e-4)

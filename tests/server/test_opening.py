@@ -10,7 +10,7 @@ import pytest
 from rag_rl.config.arguments import DataArguments, RetrieverArguments
 from rag_rl.config.parts import build_corpus, build_encoder, build_retriever
 from rag_rl.errors import ConfigError, IndexDamagedError, IndexMismatchError
-from rag_rl.retrieval import HistoryEncoder, SentenceEncoder, build_index
+from rag_rl.retrieval import HistoryEncoder, IndexSettings, SentenceEncoder, build_index
 from rag_rl.server import open_folder, open_settings, read_config
 from rag_rl.tiny import FOLDER
 from rag_rl.types import Query
@@ -91,6 +91,17 @@ def test_folders_that_are_no_index(tmp_path, direct):
         open_folder(direct.folder, chroma_url="http://127.0.0.1:1")
 
 
+def test_a_folder_is_served_as_it_was_built(direct, tmp_path):
+    passages = list(direct.passages)
+    index = IndexSettings("hnsw", ef_search=33)
+    build_index(passages, direct.encoder, tmp_path / "index", index=index, progress=False)
+    served = open_folder(tmp_path / "index")
+    assert served.manifest.index == index.resolved(len(passages), direct.dimension)
+    assert served.fingerprint != direct.fingerprint
+    assert ids(served) == ids(direct)
+    served.close()
+
+
 def test_an_encoder_of_ones_own(tmp_path, stub_encoder):
     build_index(
         list(build_corpus(DataArguments(data_corpus="${tiny}/data/corpus.jsonl")))[:5],
@@ -123,6 +134,14 @@ def stub_encoder():
 def test_settings_of_a_recipe(direct):
     served = open_settings(SETTINGS, devices=["cpu"])
     assert served.fingerprint == direct.fingerprint
+    assert ids(served) == ids(direct)
+    served.close()
+
+
+def test_settings_name_the_kind_of_index(direct, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAG_RL_CACHE", str(tmp_path))
+    served = open_settings({**SETTINGS, "retriever_index": "hnsw", "retriever_index_hnsw_m": 8})
+    assert served.manifest.index["hnsw_m"] == 8
     assert ids(served) == ids(direct)
     served.close()
 

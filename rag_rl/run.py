@@ -7,6 +7,7 @@ calls ``start_data_run``. ``launch`` turns errors that are the user's into one l
 
 from __future__ import annotations
 
+import atexit
 import errno
 import inspect
 import json
@@ -425,13 +426,21 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def end_processes() -> None:
-    """Leaves the process group, where there is one: a process that exits inside it now and then aborts at its end.
+    """Ends one of several processes, after a good end of what it had to do; where there is only one, does nothing.
 
-    Only after a good end: whoever leaves after an error leaves the others waiting.
+    gloo's threads outlive even the process group, and an interpreter that is taken down under them now and then
+    aborts, with everything written. So it is not taken down: what is registered for the exit is done, and the process
+    ends.
+    After an error nobody comes here: whoever leaves then leaves the others waiting.
     """
     torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if not (torch and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def disk_trouble(error: Exception) -> str | None:

@@ -42,7 +42,9 @@ assert world_size == accelerator.num_processes
 accelerator.wait_for_everyone()
 if accelerator.is_main_process:
     print("FOUND" + json.dumps(found))
-accelerator.end_training()
+from rag_rl.run import end_processes
+
+end_processes()
 """
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -770,6 +771,44 @@ def test_a_saved_adapter_is_merged_from_the_disk(tmp_path):
         assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
         model.unload()
         assert not torch.allclose(merged(ids).logits, model.base_model.model(ids).logits, atol=1e-2)
+
+
+# ---- the end
+
+
+GOOD_END = """
+import atexit
+import subprocess
+import sys
+
+import torch.distributed as dist
+
+from rag_rl.run import launch
+
+
+def main():
+    if sys.argv[1] == "several":
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+    atexit.register(print, "registered")
+    print("done", end=" ")
+
+
+launch(main)
+print("taken down")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "printed"), [("several", "done registered\n"), ("one", "done taken down\nregistered\n")]
+)
+def test_one_of_several_processes_ends_without_taking_the_interpreter_down(tmp_path, how, printed):
+    script = tmp_path / "good_end.py"
+    script.write_text(GOOD_END)
+    done = subprocess.run(
+        [sys.executable, str(script), how, str(tmp_path / "meet")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
 
 
 # ---- folders of data

@@ -306,7 +306,9 @@ if accelerator.is_main_process:
     rows = [[row["qid"], row["answer"], row["scores"]["steps"]] for row in found.rows]
     print(json.dumps({"processes": accelerator.num_processes, "rows": rows}))
 accelerator.wait_for_everyone()
-accelerator.end_training()
+from rag_rl.run import end_processes
+
+end_processes()
 """
 
 

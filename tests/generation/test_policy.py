@@ -218,7 +218,9 @@ texts = accelerator.gather(torch.tensor([hash(str([one.token_ids for one in same
 assert texts[0] != texts[1], "ranks sample differently"
 accelerator.wait_for_everyone()
 print("rank", rank, "done")
-accelerator.end_training()
+from rag_rl.run import end_processes
+
+end_processes()
 """
 
 

@@ -177,7 +177,9 @@ if rank == 0:
         "apart": max((expected[name] - whole[name]).abs().max().item() for name in expected),
     }))
 dist.barrier()
-dist.destroy_process_group()
+from rag_rl.run import end_processes
+
+end_processes()
 """
 
 

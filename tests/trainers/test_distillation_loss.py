@@ -196,7 +196,9 @@ result = torch.cat([torch.stack([found.total, found.ranking, found.augmentation,
 dist.all_reduce(result)  # what DistributedDataParallel makes of gradients: their mean
 if rank == 0:
     torch.save(result / world, f"{folder}/result{world}.pt")
-dist.destroy_process_group()
+from rag_rl.run import end_processes
+
+end_processes()
 """
 
 

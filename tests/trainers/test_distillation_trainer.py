@@ -279,7 +279,9 @@ if trainer.accelerator.is_main_process:
     logs = [(e["ranking"], e["augmentation"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e]
     weights = {name: p.detach() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
     torch.save({"logs": logs, "weights": weights}, f"{folder}/{name}.pt")
-trainer.accelerator.end_training()
+from rag_rl.run import end_processes
+
+end_processes()
 """
 
 

@@ -98,6 +98,7 @@ def test_folds_of_a_reranker(tool, tmp_path, monkeypatch, capfd):
     assert 30 <= len({r["qid"].split()[1] for r in rows}) == len(rows) < 60, "a question is held out in one fold only"
     (line,) = [line for line in printed.splitlines() if line.startswith("| cross-encoder | ndcg@10")]
     assert f"| {len(rows)} |" in line
+    assert "documents of no training question" not in printed, "the fold that was left out was trained on"
 
 
 def test_a_reranker_has_no_such_baseline(tool, monkeypatch, capsys):

@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -405,42 +406,63 @@ def launch(main: Callable[[], None]) -> None:
     # TRL's own defaults use the old name (transformers 5.23 renames it).
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
     program = Path(sys.argv[0]).name
-    with one_line_errors(program):
-        try:
-            main()
-        except UserError:
+    try:
+        with one_line_errors(program):
+            _stop_in_one_line(main, program)
+    except SystemExit as stopped:
+        end_processes(stopped.code if isinstance(stopped.code, int) else 1)
+        raise
+    except Exception:
+        if _is_one_of_several():
+            traceback.print_exc()  # in the other case the interpreter prints it
+        end_processes(1)
+        raise
+    end_processes(0)
+
+
+def _stop_in_one_line(main: Callable[[], None], program: str) -> None:
+    try:
+        main()
+    except UserError:
+        raise
+    except BackendError as error:
+        print(f"{program}: stopped: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from error
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
             raise
-        except BackendError as error:
-            print(f"{program}: stopped: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-            raise SystemExit(1) from error
-        except Exception as error:
-            trouble = disk_trouble(error)
-            if trouble is None:
-                raise
-            print(  # noqa: T201
-                f"{program}: stopped: {trouble}; make room and go on with --resume_from_checkpoint true",
-                file=sys.stderr,
-            )
-            raise SystemExit(1) from error
-        end_processes()
+        print(  # noqa: T201
+            f"{program}: stopped: {trouble}; make room and go on with --resume_from_checkpoint true",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
 
 
-def end_processes() -> None:
-    """Ends one of several processes, after a good end of what it had to do; where there is only one, does nothing.
+def end_processes(code: int) -> None:
+    """Ends one of several processes, when what it had to do is done or failed; where there is only one, does nothing.
 
     gloo's threads outlive even the process group, and an interpreter that is taken down under them now and then
-    aborts, with everything written. So it is not taken down: what is registered for the exit is done, and the process
-    ends.
-    After an error nobody comes here: whoever leaves then leaves the others waiting.
+    aborts: with everything written, or instead of the exit code that says what was wrong. So it is not taken down:
+    what is registered for the exit is done, and the process ends.
+
+    Args:
+        code: exit code. After a good end, 0, the process group is destroyed; after an error it is not, because the
+            others may be waiting in it, and it is for the launcher to stop them.
     """
-    torch = sys.modules.get("torch")
-    if not (torch and torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _is_one_of_several():
         return
-    torch.distributed.destroy_process_group()
+    if code == 0:
+        sys.modules["torch"].distributed.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def _is_one_of_several() -> bool:
+    loaded = sys.modules.get("torch")
+    return bool(loaded and loaded.distributed.is_available() and loaded.distributed.is_initialized())
 
 
 def disk_trouble(error: Exception) -> str | None:

@@ -44,7 +44,7 @@ if accelerator.is_main_process:
     print("FOUND" + json.dumps(found))
 from rag_rl.run import end_processes
 
-end_processes()
+end_processes(0)
 """
 
 

@@ -776,13 +776,14 @@ def test_a_saved_adapter_is_merged_from_the_disk(tmp_path):
 # ---- the end
 
 
-GOOD_END = """
+END = """
 import atexit
 import subprocess
 import sys
 
 import torch.distributed as dist
 
+from rag_rl.errors import UserError
 from rag_rl.run import launch
 
 
@@ -791,24 +792,36 @@ def main():
         dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
     atexit.register(print, "registered")
     print("done", end=" ")
+    if sys.argv[3] == "unknown":
+        raise RuntimeError("unknown trouble")
+    if sys.argv[3] == "user":
+        raise UserError("a wrong value")
 
 
-launch(main)
-print("taken down")
+try:
+    launch(main)
+finally:
+    print("taken down")
 """
 
 
 @pytest.mark.parametrize(
     ("how", "printed"), [("several", "done registered\n"), ("one", "done taken down\nregistered\n")]
 )
-def test_one_of_several_processes_ends_without_taking_the_interpreter_down(tmp_path, how, printed):
-    script = tmp_path / "good_end.py"
-    script.write_text(GOOD_END)
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [("good", 0, ""), ("user", 2, "end.py: error: a wrong value"), ("unknown", 1, "RuntimeError: unknown trouble")],
+)
+def test_one_of_several_processes_ends_without_taking_the_interpreter_down(tmp_path, how, printed, end, code, said):
+    script = tmp_path / "end.py"
+    script.write_text(END)
     done = subprocess.run(
-        [sys.executable, str(script), how, str(tmp_path / "meet")], capture_output=True, text=True, check=False
+        [sys.executable, str(script), how, str(tmp_path / "meet"), end], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     assert done.stdout == printed
+    assert done.stderr.rstrip().endswith(said)
+    assert done.stderr.count("Traceback") == (end == "unknown")
 
 
 # ---- folders of data

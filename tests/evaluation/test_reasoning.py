@@ -308,7 +308,7 @@ if accelerator.is_main_process:
 accelerator.wait_for_everyone()
 from rag_rl.run import end_processes
 
-end_processes()
+end_processes(0)
 """
 
 

@@ -220,7 +220,7 @@ accelerator.wait_for_everyone()
 print("rank", rank, "done")
 from rag_rl.run import end_processes
 
-end_processes()
+end_processes(0)
 """
 
 

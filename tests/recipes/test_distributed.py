@@ -179,7 +179,7 @@ if rank == 0:
 dist.barrier()
 from rag_rl.run import end_processes
 
-end_processes()
+end_processes(0)
 """
 
 

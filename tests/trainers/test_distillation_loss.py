@@ -170,35 +170,38 @@ import sys
 import torch
 import torch.distributed as dist
 
+from rag_rl.run import launch
 from rag_rl.trainers.distillation_loss import distillation_loss
 
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[4]}", rank=rank, world_size=world)
-torch.manual_seed(0)
-data = [torch.randn(*shape, dtype=torch.float64) for shape in ((8, 6), (8, 3, 6), (8, 6))]
-ids = torch.randint(0, 20, (8, 3))
-there = torch.tensor([True, True, True, True, False, True, False, False])  # 4 of one process, 1 of the other
-if sys.argv[4] == "uneven":
-    data, there = [one[: 4 + rank] for one in data], there[: 4 + rank]
-    ids = None
-else:
-    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    data, ids, there = [one[mine] for one in data], ids[mine], there[mine]
-weights = torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6).requires_grad_()
-lengths = torch.tensor([1, 3, 2, 3, 1, 1, 2, 3])[mine] if ids is not None else None
-found = distillation_loss(
-    data[0] @ weights, data[1] @ weights, data[2] @ weights, augmented=there, ranked=lengths, passage_ids=ids,
-    temperature=0.5,
-)
-found.total.backward()
-result = torch.cat([torch.stack([found.total, found.ranking, found.augmentation, found.norm]).detach(),
-                    weights.grad.flatten()])
-dist.all_reduce(result)  # what DistributedDataParallel makes of gradients: their mean
-if rank == 0:
-    torch.save(result / world, f"{folder}/result{world}.pt")
-from rag_rl.run import end_processes
 
-end_processes()
+def main():
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{sys.argv[4]}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    data = [torch.randn(*shape, dtype=torch.float64) for shape in ((8, 6), (8, 3, 6), (8, 6))]
+    ids = torch.randint(0, 20, (8, 3))
+    there = torch.tensor([True, True, True, True, False, True, False, False])  # 4 of one process, 1 of the other
+    if sys.argv[4] == "uneven":
+        data, there = [one[: 4 + rank] for one in data], there[: 4 + rank]
+        ids = None
+    else:
+        mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+        data, ids, there = [one[mine] for one in data], ids[mine], there[mine]
+    weights = torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6).requires_grad_()
+    lengths = torch.tensor([1, 3, 2, 3, 1, 1, 2, 3])[mine] if ids is not None else None
+    found = distillation_loss(
+        data[0] @ weights, data[1] @ weights, data[2] @ weights, augmented=there, ranked=lengths, passage_ids=ids,
+        temperature=0.5,
+    )
+    found.total.backward()
+    result = torch.cat([torch.stack([found.total, found.ranking, found.augmentation, found.norm]).detach(),
+                        weights.grad.flatten()])
+    dist.all_reduce(result)  # what DistributedDataParallel makes of gradients: their mean
+    if rank == 0:
+        torch.save(result / world, f"{folder}/result{world}.pt")
+
+
+launch(main)
 """
 
 

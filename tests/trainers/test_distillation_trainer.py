@@ -281,7 +281,7 @@ if trainer.accelerator.is_main_process:
     torch.save({"logs": logs, "weights": weights}, f"{folder}/{name}.pt")
 from rag_rl.run import end_processes
 
-end_processes()
+end_processes(0)
 """
 
 

@@ -565,7 +565,19 @@ def start_data_run(
     instances = parse(recipe_file, *arguments, argv=argv)
     output = next(instance for instance in instances if hasattr(instance, "output_dir"))
     output.output_dir = output.output_dir or str(Path(parent) / config_source(argv, recipe_file).stem)
+    join_processes()
     return instances
+
+
+def join_processes() -> None:
+    """Lets the processes that a launcher has started find one another, where no trainer's settings do so.
+
+    Without an accelerator each of them takes itself for the only one, unless it is told that the CPU is meant.
+    """
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available())
 
 
 def report_index(retriever: Any, questions: Sequence[Question], *, top_k: int, seconds: float) -> dict[str, Any]:

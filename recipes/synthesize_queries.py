@@ -8,8 +8,8 @@ Needs: tiny runs on 2 CPU cores in a minute; a model behind an endpoint is asked
 Paper: Reinforced-IR (arXiv 2502.11562), step A. Differences: seeded; a reply with a "1" somewhere in it does not pass
     the check, only a verdict does; answers, and their check by a reader, are ours (after Alberti et al. 2019).
 CPU: accelerate launch recipes/synthesize_queries.py
-One node: python recipes/synthesize_queries.py --config NAME
-Cluster: no (one process asks the model; the model itself may be served by a cluster)
+One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/synthesize_queries.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/synthesize_queries.py --config NAME
 """
 
 from dataclasses import dataclass, field

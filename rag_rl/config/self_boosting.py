@@ -154,7 +154,7 @@ class Boosting:
             The corpus by the retriever of the moment, queries to learn from, and those for the gate.
 
         Raises:
-            ConfigError: a setting does not fit, or there are several processes and no queries.
+            ConfigError: a setting does not fit.
             DataError: the corpus is missing, empty or has bad rows, or too few queries came of it.
             BackendError: an endpoint or the disk is broken.
         """

@@ -1,10 +1,12 @@
-"""Query synthesis as a task that can be stopped: who writes, where the rows are kept, and what comes out of them."""
+"""Query synthesis as a task that can be stopped: who writes, where the rows are kept, and what comes out of them.
+
+Of several processes each writes its share of the batches, into a file of its own; the first then makes one of all.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from rag_rl.config.parsing import resolved
 from rag_rl.config.parts import build_corpus, build_retriever, expand, import_attribute
 from rag_rl.config.synthesis_arguments import SynthesisArguments
 from rag_rl.errors import ConfigError, RunFolderError
-from rag_rl.run import keep_settings, write_whole
+from rag_rl.run import keep_settings, main_process_only, write_whole
 from rag_rl.types import Passage, Question
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS, QUERIES, QUESTIONS, CORPUS = "synthesis.jsonl", "queries.json", "questions.jsonl", "corpus.jsonl"
-_SETTINGS, _SUMMARY = "synthesis_config.yaml", "summary.json"
+_ROWS_OF, _SETTINGS, _SUMMARY = "synthesis-{}.jsonl", "synthesis_config.yaml", "summary.json"
 # What may change while the rows grow: where the model is asked and how patiently, what is made of the rows, and how
 # queries are tried out.
 _MAY_CHANGE = frozenset(
@@ -161,7 +163,7 @@ def synthesize_queries(args: SynthesisArguments, data: DataArguments, folder: Pa
         All rows.
 
     Raises:
-        ConfigError: a setting does not fit, or there are several processes.
+        ConfigError: a setting does not fit.
         DataError: the corpus is missing, empty or has bad rows.
         RunFolderError: the folder holds something else.
         BackendError: the endpoint or the disk is broken.
@@ -169,22 +171,24 @@ def synthesize_queries(args: SynthesisArguments, data: DataArguments, folder: Pa
     from rag_rl.generation.synthesis import Unit, choose_passages
     from rag_rl.prompts.tasks import load_task
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by whatever starts several processes
-        raise ConfigError("one process writes queries: start it with python, or with --num_processes 1")
     settings = {"seed": seed, **resolved([args, data])}
     # What is quickly refused comes first, and before anything is written.
     task = load_task(args.synthesis_task, expand(args.synthesis_tasks) if args.synthesis_tasks else None)
     writer, checks = build_query_writer(args, task)
-    _keep_settings(folder, settings)
-    _keep_prompts(folder, args)
+    with main_process_only() as main:
+        if main:
+            _keep_settings(folder, settings)
+            _keep_prompts(folder, args)
+            build_synthesis_corpus(data, folder)
     passages, repeated = choose_passages(build_synthesis_corpus(data, folder), args.synthesis_passages, seed=seed)
     units = [Unit(passage, number) for passage in passages for number in range(args.synthesis_per_passage)]
-    rows = _write(units, writer, checks, task, folder / ROWS, args, seed)
+    rows = _write(units, writer, checks, task, folder, args, seed)
     failed = len(units) - len(rows)
-    if repeated:
-        logger.warning("%d passages of the corpus are left out: their text came before", repeated)
-    if failed:
-        logger.warning("%d of %d requests failed: start again to make up for it", failed, len(units))
+    with main_process_only() as main:
+        if main and repeated:
+            logger.warning("%d passages of the corpus are left out: their text came before", repeated)
+        if main and failed:
+            logger.warning("%d of %d requests failed: start again to make up for it", failed, len(units))
     return Synthesized(rows, passages, repeated, len(units))
 
 
@@ -228,9 +232,8 @@ def report_queries(
         rows.append(row)
     kept = [row for row in rows if row["outcome"] == KEPT]
     texts = {(passage.doc_id, passage.chunk): passage.contents for passage in found.passages}
-    write_queries(folder / QUERIES, [SyntheticQuery(row["query"], texts[row["doc_id"], row["chunk"]]) for row in kept])
+    queries = [SyntheticQuery(row["query"], texts[row["doc_id"], row["chunk"]]) for row in kept]
     questions = [_question(row) for row in kept]
-    write_questions(folder / QUESTIONS, questions)
     outcomes = Counter(row["outcome"] for row in rows)
     summary: dict[str, Any] = {
         "passages": len(found.passages),
@@ -251,13 +254,22 @@ def report_queries(
         index: Any = build_retriever(retriever, data)
         scores = evaluate_retrieval(index, questions, top_k=min(_PROBE_K, len(index)))
         summary |= {name: round(value, 4) for name, value in scores.items()}
-    write_whole(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
+    with main_process_only() as main:
+        if main:
+            write_queries(folder / QUERIES, queries)
+            write_questions(folder / QUESTIONS, questions)
+            write_whole(folder / _SUMMARY, json.dumps(summary, indent=2) + "\n")
+            _print(summary, folder)
+    return summary
+
+
+def _print(summary: dict[str, Any], folder: Path) -> None:
+    """What the user waited for."""
     for name, value in summary.items():
         shown = ", ".join(f"{key}: {n}" for key, n in value.items()) if isinstance(value, dict) else value
-        print(f"{name:19}{shown}")  # noqa: T201 - what the user waited for
+        print(f"{name:19}{shown}")  # noqa: T201
     for label, name in (("queries", QUERIES), ("questions", QUESTIONS), ("all drafts", ROWS)):
         print(f"{label + ' in':19}{folder / name}")  # noqa: T201
-    return summary
 
 
 def _write(
@@ -265,31 +277,54 @@ def _write(
     writer: QueryWriter,
     checks: list[QueryCheck],
     task: RetrievalTask,
-    path: Path,
+    folder: Path,
     args: SynthesisArguments,
     seed: int,
 ) -> list[dict[str, Any]]:
+    from accelerate import PartialState
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from rag_rl.data.appending import append_jsonl, read_appended
+    from rag_rl.data.appending import append_jsonl
     from rag_rl.generation.synthesis import synthesize
 
-    known = {(row["doc_id"], row["chunk"], row["number"]): row for _, row in read_appended(path)}
+    state = PartialState()
+    known = _rows_of(folder)
+    state.wait_for_everyone()  # nobody writes before all have read
     batches = [
         units[start : start + args.synthesis_batch_size] for start in range(0, len(units), args.synthesis_batch_size)
     ]
     started = sum(unit.key in known for unit in units)
-    if started:
+    if started and state.is_main_process:
         logger.info("%d of %d queries are there already", started, len(units))
-    for batch in tqdm(batches, desc="queries", disable=None):
-        if all(unit.key in known for unit in batch):
-            continue
+    left = [batch for batch in batches if not all(unit.key in known for unit in batch)]
+    mine = folder / (_ROWS_OF.format(state.process_index) if state.process_index else ROWS)
+    for batch in tqdm(
+        left[state.process_index :: state.num_processes],
+        desc="queries",
+        disable=None if state.is_main_process else True,
+    ):
         # The whole batch, as it was: its sampling depends on all that is in it.
         results = synthesize(batch, writer, checks, task, attempts=args.synthesis_attempts, seed=seed)
-        rows = [_row(one) for one in results if one.unit.key not in known and one.outcome != "failed"]
-        append_jsonl(path, rows)
-        known |= {(row["doc_id"], row["chunk"], row["number"]): row for row in rows}
-    return [known[unit.key] for unit in units if unit.key in known]
+        append_jsonl(mine, [_row(one) for one in results if one.unit.key not in known and one.outcome != "failed"])
+    state.wait_for_everyone()
+    known = _rows_of(folder)
+    rows = [known[unit.key] for unit in units if unit.key in known]
+    state.wait_for_everyone()  # nothing is taken away before all have read
+    with main_process_only() as main:
+        others = sorted(folder.glob(_ROWS_OF.format("*"))) if main else []
+        if others:
+            write_whole(folder / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for path in others:
+            path.unlink()
+    return rows
+
+
+def _rows_of(folder: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """What all processes have written so far, by unit."""
+    from rag_rl.data.appending import read_appended
+
+    paths = [folder / ROWS, *sorted(folder.glob(_ROWS_OF.format("*")))]
+    return {(row["doc_id"], row["chunk"], row["number"]): row for path in paths for _, row in read_appended(path)}
 
 
 def _row(one: Synthetic) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rag_rl.config.arguments import DataArguments, RetrieverArguments
-from rag_rl.config.synthesis import build_synthesis_corpus, report_queries, synthesize_queries
+from rag_rl.config.synthesis import report_queries, synthesize_queries
 from rag_rl.config.synthesis_arguments import SynthesisArguments
 
 FOLDER = "synthetic"
@@ -39,7 +38,7 @@ def ensure_queries(
         seed: of everything.
 
     Raises:
-        ConfigError: a setting does not fit, or there are several processes and no finished queries.
+        ConfigError: a setting does not fit.
         DataError: the corpus is missing, empty or has bad rows.
         RunFolderError: the folder holds queries that came about otherwise.
         BackendError: the endpoint or the disk is broken.
@@ -47,9 +46,5 @@ def ensure_queries(
     made = folder / FOLDER
     if data.data_train:
         return
-    # One process writes queries; several may find them written.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and queries_written(folder):
-        build_synthesis_corpus(data, made)
-    else:
-        report_queries(synthesize_queries(synthesis, data, made, seed=seed), synthesis, data, retriever, made)
+    report_queries(synthesize_queries(synthesis, data, made, seed=seed), synthesis, data, retriever, made)
     data.data_train = str(made)

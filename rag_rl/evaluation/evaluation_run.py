@@ -24,6 +24,7 @@ from rag_rl.evaluation.scoring import Evaluable
 from rag_rl.run import (
     command_line,
     config_source,
+    join_processes,
     keep_settings,
     main_process_only,
     peak_memory,
@@ -156,11 +157,7 @@ def start_evaluation(
     from rag_rl.config.assemblies import read_plan
 
     plan = read_plan(recipe_file, arguments, argv=argv)
-    import torch
-    from accelerate import PartialState
-
-    # Without an accelerator several processes take themselves for one each, unless they are told.
-    PartialState(cpu=not torch.accelerator.is_available())
+    join_processes()
     config = config_source(argv, recipe_file).stem
     folder = Path(plan.evaluation.output_dir or f"runs/evaluate_rag-{config}")
     if folder.exists() and not folder.is_dir():

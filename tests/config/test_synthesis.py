@@ -200,8 +200,19 @@ def test_writers_by_name(monkeypatch):
             build_query_writer(SynthesisArguments(**values), task)
 
 
-def test_several_processes_are_refused(args, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process writes queries"):
+def test_what_several_processes_left_is_gone_on_with_by_one(args, data, tmp_path):
+    run(args, data, tmp_path / "whole")
+    whole = (tmp_path / "whole" / "synthesis.jsonl").read_text().splitlines(keepends=True)
+    calls.clear()
+    breaks_after[0] = 2
+    with pytest.raises(BackendError, match="is gone"):
         run(args, data, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    # As if a second process had written the last of the four batches, when both were killed.
+    (tmp_path / "out" / "synthesis-1.jsonl").write_text("".join(whole[18:]) + whole[12][:9])
+    calls.clear()
+    breaks_after[0] = 99
+    run(args, data, tmp_path / "out")
+    assert [len(call) for call in calls] == [6], "the third alone"
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+    assert (tmp_path / "out" / "synthesis.jsonl").read_text() == "".join(whole)
+    assert not list((tmp_path / "out").glob("synthesis-*"))

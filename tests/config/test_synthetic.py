@@ -9,7 +9,6 @@ import pytest
 from rag_rl.config.arguments import DataArguments, RetrieverArguments
 from rag_rl.config.synthesis_arguments import SynthesisArguments
 from rag_rl.config.synthetic import ensure_queries, queries_written
-from rag_rl.errors import ConfigError
 
 SENTENCES = SynthesisArguments(synthesis_writer="sentences", synthesis_check="none", synthesis_passages=None)
 
@@ -37,14 +36,10 @@ def test_queries_are_written_once(corpus, tmp_path, monkeypatch):
     assert data.data_train == str(tmp_path / "run" / "synthetic")
     written = (tmp_path / "run" / "synthetic" / "queries.json").read_bytes()
     assert len(json.loads(written)) == 5
-    # Several processes find them; they could not write them.
-    monkeypatch.setenv("WORLD_SIZE", "2")
     again = DataArguments(data_corpus=corpus)
     ensure_queries(again, SENTENCES, RetrieverArguments(), tmp_path / "run", seed=1)
     assert again.data_train == data.data_train
     assert (tmp_path / "run" / "synthetic" / "queries.json").read_bytes() == written
-    with pytest.raises(ConfigError, match="one process writes queries"):
-        ensure_queries(DataArguments(data_corpus=corpus), SENTENCES, RetrieverArguments(), tmp_path / "new", seed=1)
 
 
 def test_a_plain_corpus_becomes_documents(tmp_path, monkeypatch):
@@ -53,7 +48,6 @@ def test_a_plain_corpus_becomes_documents(tmp_path, monkeypatch):
     data = DataArguments(data_corpus=str(plain))
     ensure_queries(data, SENTENCES, RetrieverArguments(), tmp_path / "run", seed=1)
     assert data.data_corpus == str(tmp_path / "run" / "synthetic" / "corpus.jsonl")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     again = DataArguments(data_corpus=str(plain))
     ensure_queries(again, SENTENCES, RetrieverArguments(), tmp_path / "run", seed=1)
     assert again.data_corpus == data.data_corpus

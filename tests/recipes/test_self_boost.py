@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rag_rl.tiny import FOLDER
+
 RECIPE = "self_boost"
 ROOT = Path(__file__).parents[2]
 # DESIGN section 4, what it is compared with, and the rounds.
@@ -203,6 +205,56 @@ def test_a_step_that_comes_out_otherwise_redoes_what_comes_after(copied, run_her
     assert redone["queries"] == second["queries"]
     for name in ("retriever", "model_name_or_path"):
         assert redone["augmenter"]["inputs"][name] != second["augmenter"]["inputs"][name]
+
+
+# ---- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path):
+    """With plain gradient descent, which shows a gradient that is off by a factor.
+
+    Nothing is kept, so that both teach and learn from the same: what a trained augmenter writes may differ by a word.
+    """
+    from safetensors.torch import load_file
+
+    same = {
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+        "gate_min_gain": 2.0,
+    }
+    same |= {"learning_rate": 0.05, "distill_learning_rate": 0.05, "max_steps": 2, "distill_max_steps": 2}
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    batches = {"per_device_train_batch_size": 6, "distill_per_device_train_batch_size": 8}  # of 15 pairs
+    done = run_recipe(RECIPE, *brief(**same, **batches), "--output_dir", alone, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    halves = {name: size // 2 for name, size in batches.items()}
+    done = launch_recipe(RECIPE, *brief(**same, **halves), "--output_dir", both, cwd=tmp_path)
+    assert [metrics_of(folder)["num_processes"] for folder in (alone, both)] == [1, 2]
+    assert done.stdout.count("after 1 round") <= 1, "one process prints"
+    for name in (
+        "queries/synthetic/queries.json", "queries/synthetic/synthesis.jsonl", "augmenter/generator/train.jsonl",
+        "retriever/retriever/answers.json",
+    ):  # fmt: skip
+        assert (both / "round_1" / name).read_bytes() == (alone / "round_1" / name).read_bytes(), name
+    for part in ("augmenter", "retriever"):
+        steps = [folder / "round_1" / part for folder in (alone, both)]
+        assert [metrics_of(step)["num_processes"] for step in steps] == [1, 2]
+        assert steps_of(steps[0]) == steps_of(steps[1]) == [1, 2]
+        for when in ("before", "after"):
+            one, two = (rows_of(step, when) for step in steps)
+            assert [row["qid"] for row in two] == [row["qid"] for row in one]
+            assert metrics_of(steps[1])[when] == pytest.approx(metrics_of(steps[0])[when], abs=1e-6)
+        start = load_file(FOLDER / {"augmenter": "reader", "retriever": "encoder_young"}[part] / "model.safetensors")
+        one, two = (load_file(step / "model.safetensors") for step in steps)
+        moved = max((one[name] - start[name]).abs().max().item() for name in start)
+        apart = max((one[name] - two[name]).abs().max().item() for name in start)
+        assert moved > 1e-5
+        assert apart < 1e-2 * moved
+    for when in ("before", "after"):
+        assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-6)
 
 
 # ---- killed

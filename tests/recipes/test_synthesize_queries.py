@@ -92,6 +92,19 @@ def test_killed_and_started_again(run_here, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(run_here, launch_recipe, tmp_path):
+    flags = ["--synthesis_passages", "22", "--synthesis_batch_size", "4"]
+    assert run_here("synthesize_queries", *flags, "--output_dir", tmp_path / "alone") == 0
+    done = launch_recipe("synthesize_queries", *flags, "--output_dir", tmp_path / "both", cwd=tmp_path)
+    assert done.stdout.count("success@10") == 1, "one process prints"
+    alone, both = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+        for name in ("alone", "both")
+    )
+    assert both == alone
+
+
 def test_bad_input_is_one_line(refused, tmp_path):
     (tmp_path / "corpus.json").write_text('["a", 3]')
     output = ["--output_dir", tmp_path / "out"]

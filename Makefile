@@ -86,8 +86,9 @@ tiny-models: $(DEV_STAMP)  ## make the packaged tiny models again from nothing (
 	@$(PY) -m rag_rl.tiny.make
 
 learn: $(RUN_STAMP)  ## the learning tables of recipes/README.md: tiny runs of seeds 1, 2 and 3, and their controls
-	@$(PY) tools/learning_table.py grpo_generator --seeds $(SEEDS)
-	@$(PY) tools/learning_table.py grpo_retriever --seeds $(SEEDS)
+	@set -e; for recipe in grpo_generator grpo_retriever sft_reasoner ppo_reasoner grpo_reasoner train_reranker \
+		grpo_reranker dpo_augmenter distill_retriever self_boost; do \
+		echo "$$recipe"; $(PY) tools/learning_table.py $$recipe --seeds $(SEEDS); done
 
 new-recipe: $(DEV_STAMP)  ## NAME=grpo_cite [LIKE=grpo_generator]: a skeleton that passes the checks
 	@$(PY) tools/new_recipe.py "$(NAME)" $(if $(LIKE),--like "$(LIKE)")

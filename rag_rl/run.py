@@ -23,9 +23,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
@@ -513,6 +514,7 @@ def start_run(
     """
     instances = parse(recipe_file, *arguments, argv=argv)
     config = config_source(argv, recipe_file).stem
+    from accelerate.utils import wait_for_everyone
     from transformers import TrainingArguments, set_seed
     from transformers.utils import logging as hf_logging
 
@@ -527,10 +529,10 @@ def start_run(
     folder = Path(training.output_dir)
     settings = resolved(instances)
     resume = _truth(training.resume_from_checkpoint)
-    # Every process looks before any process writes.
     checkpoint = open_folder(
         folder, {"recipe": recipe, **settings}, resume=resume, defaults=_defaults(arguments), in_steps=in_steps
     )
+    wait_for_everyone()  # all have looked before one writes
     training.resume_from_checkpoint = checkpoint
     run = Run(folder, recipe, config, training.seed, checkpoint, settings, instances)
     with main_process_only() as main:
@@ -543,6 +545,20 @@ def start_run(
     if checkpoint:
         logger.info("going on from %s", checkpoint)
     return run
+
+
+def leave_finished(folder: Path) -> NoReturn:
+    """Says that a run is finished, and ends.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        SystemExit: code 0.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{folder} is already finished: see {folder / 'report.html'}")  # noqa: T201
+    raise SystemExit(0)
 
 
 def start_data_run(
@@ -573,11 +589,14 @@ def join_processes() -> None:
     """Lets the processes that a launcher has started find one another, where no trainer's settings do so.
 
     Without an accelerator each of them takes itself for the only one, unless it is told that the CPU is meant.
+    They may wait a day for one another: while one builds an index, or has more to do than the others.
     """
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    if state.num_processes > 1:
+        logger.info("process %d of %d", state.process_index + 1, state.num_processes)
 
 
 def report_index(retriever: Any, questions: Sequence[Question], *, top_k: int, seconds: float) -> dict[str, Any]:
@@ -770,8 +789,7 @@ def open_folder(
             )
         return None
     if is_finished(folder):
-        print(f"{folder} is already finished: see {folder / 'report.html'}")  # noqa: T201
-        raise SystemExit(0)
+        leave_finished(folder)
     if not resume:
         raise RunFolderError(
             f"output_dir {folder} holds this run, unfinished: go on with --resume_from_checkpoint true, or give "
@@ -877,12 +895,14 @@ def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
             if main:
                 make_base_relative(folder)
         return
-    if is_shared_out(trainer):
-        # No process holds the base whole: the adapter is saved, and merged into the base as it lies on the disk.
+    if is_shared_out(trainer) or any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+        # No process holds the base whole, or not with the weights that it has on the disk: merging into one of 4 bits
+        # would round adapter and base together to 4 bits. The adapter is saved, and merged into what lies on the disk.
         trainer.save_model(str(folder))
         with main_process_only() as main:
             if main:
                 merge_saved_adapter(folder, dtype=model.dtype)
+                (folder / "training_args.bin").unlink(missing_ok=True)  # of save_model; merging in memory leaves none
         return
     with main_process_only() as main:
         if main:

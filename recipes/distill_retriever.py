@@ -10,7 +10,9 @@ Paper: Reinforced-IR (arXiv 2502.11562), steps D and E. Differences: vectorised 
     a query's own passages are never its negatives, short lists get unranked negatives; other teachers, and none.
 CPU: accelerate launch recipes/distill_retriever.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/distill_retriever.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/distill_retriever.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/distill_retriever.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import DataArguments, QueryEncoderArguments, RetrieverArguments, RunArguments

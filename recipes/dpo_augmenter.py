@@ -10,7 +10,9 @@ Paper: Reinforced-IR (arXiv 2502.11562), RLRF. All candidates of a query come fr
     scores can see hard negatives and leave length out; stopped at any moment it goes on where it was.
 CPU: accelerate launch recipes/dpo_augmenter.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/dpo_augmenter.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/zero1.yaml recipes/dpo_augmenter.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/zero1.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/dpo_augmenter.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from functools import partial

@@ -10,7 +10,9 @@ Needs: tiny runs on 2 CPU cores in a minute; otherwise what the parts need. An i
 Paper: none; intervals are percentile bootstraps over questions (Efron 1979), p is of a paired permutation test.
 CPU: accelerate launch recipes/evaluate_rag.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/evaluate_rag.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/evaluate_rag.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/evaluate_rag.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import (

@@ -10,7 +10,9 @@ Paper: DeepSeekMath (arXiv 2402.03300) for GRPO. Context is fixed before generat
     default loss (DAPO) is kept unless a config says otherwise.
 CPU: accelerate launch recipes/grpo_generator.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/grpo_generator.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/zero2.yaml recipes/grpo_generator.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/zero2.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/grpo_generator.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import (

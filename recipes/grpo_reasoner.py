@@ -9,7 +9,9 @@ Paper: R3-RAG (arXiv 2505.23794), which trains with PPO, a step an episode. Here
     conversation (reasoner_layout chat), and the tokens of the documents in it carry no gradient.
 CPU: accelerate launch recipes/grpo_reasoner.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/grpo_reasoner.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/zero2.yaml recipes/grpo_reasoner.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/zero2.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/grpo_reasoner.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import (

@@ -10,7 +10,9 @@ Paper: no paper of its own; the policy is that of HARR (arXiv 2602.03645, eq. 7 
     Differences: one search a question; one forward pass samples and carries the gradient, so no ratio to clip.
 CPU: accelerate launch recipes/grpo_reranker.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/grpo_reranker.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/grpo_reranker.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/grpo_reranker.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import DataArguments, ReaderArguments, RetrieverArguments, RunArguments

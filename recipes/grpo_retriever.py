@@ -9,7 +9,9 @@ Paper: HARR (arXiv 2602.03645). Differences: exact ratios, dropout off, groups w
     failed readers dropped, not rewarded with 0; a loss near 0 is expected and says nothing: watch reward and success.
 CPU: accelerate launch recipes/grpo_retriever.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/grpo_retriever.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/zero2.yaml recipes/grpo_retriever.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/grpo_retriever.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import (

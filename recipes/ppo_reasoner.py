@@ -10,7 +10,9 @@ Paper: R3-RAG (arXiv 2505.23794). What differs: states come from rounds of the c
     each is written anew and played on to its own end; samples are drawn at temperature 1, so that none is off-policy.
 CPU: accelerate launch recipes/ppo_reasoner.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo_reasoner.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/ppo_reasoner.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/ppo_reasoner.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import (

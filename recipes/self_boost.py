@@ -6,11 +6,14 @@ Data: data_corpus; queries are written for it, round by round, or named in boost
     only shows what the untrained pair finds and the kept one; docs/data_formats.md.
 Rewards: none; preferences as in dpo_augmenter, a listwise loss as in distill_retriever.
 Needs: tiny runs on 2 CPU cores in minutes; an 8B model with LoRA needs GPUs of 80 GB (an estimate, not measured).
-Paper: Reinforced-IR (arXiv 2502.11562). Differences: those of the two recipes; a gate; each step has a manifest, so
-    that what is finished is skipped, and what depends on a changed setting is done anew, when it goes on.
+Paper: Reinforced-IR (arXiv 2502.11562). Differences: those of the two recipes; one set of queries a round for both
+    parts; a gate; each step has a manifest, so that what is finished is skipped, and what depends on a changed setting
+    is done anew, when it goes on.
 CPU: accelerate launch recipes/self_boost.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/self_boost.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/self_boost.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/self_boost.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import DataArguments, QueryEncoderArguments, RetrieverArguments

@@ -10,7 +10,9 @@ Paper: R3-RAG (arXiv 2505.23794), cold start. It fine-tunes in full; here LoRA i
     that is too long loses its oldest documents instead of its end.
 CPU: accelerate launch recipes/sft_reasoner.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft_reasoner.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/zero3.yaml recipes/sft_reasoner.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/zero3.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/sft_reasoner.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import (

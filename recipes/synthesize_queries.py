@@ -9,7 +9,9 @@ Paper: Reinforced-IR (arXiv 2502.11562), step A. Differences: seeded; a reply wi
     the check, only a verdict does; answers, and their check by a reader, are ours (after Alberti et al. 2019).
 CPU: accelerate launch recipes/synthesize_queries.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/synthesize_queries.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/synthesize_queries.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/synthesize_queries.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from dataclasses import dataclass, field

@@ -9,7 +9,9 @@ Paper: hinge over pairs as in Herbrich et al. 1999. Differences: negatives are d
     share of hard and random ones; validation is fixed and complete.
 CPU: python recipes/train_reranker.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/train_reranker.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/train_reranker.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/train_reranker.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 
 from rag_rl.config.arguments import DataArguments, RetrieverArguments, RunArguments

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import importlib.util
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +20,13 @@ from typing import Any
 import pytest
 
 from rag_rl.config.memory import GIB
-from rag_rl.config.sizing import read_launch, size_config
+from rag_rl.config.sizing import find_config, read_launch, size_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [
-    words
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if "accelerate launch" in line and "$RECIPE" not in line
-    for words in [shlex.split(line, comments=True)]
-]
+(SCRIPT,) = [block for block in BLOCKS if block.startswith("#!")]
+TYPED = [block for block in BLOCKS if block != SCRIPT]
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16"}
 XLM = {
@@ -64,32 +63,58 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_there_is_something_to_check():
-    assert len(BLOCKS) >= 8
-    assert len(COMMANDS) >= 9
+# Stand-ins for what a login node has: each notes how it was called, and does as little as the next line needs.
+CALLED = """#!/bin/bash
+{ printf '%s\\037' "${0##*/}" "$@"; printf '\\036'; } >> "$CALLS"
+"""
+PROGRAMS = {
+    "accelerate": '[ -z "${HANG:-}" ] || { touch "$HANG"; exec sleep 30; }\nexit "${CODE:-0}"\n',
+    "sbatch": "echo 4711\n",
+    # Pending at first: no node yet.
+    "squeue": '[ ! -f "$CALLS.pending" ] || echo node7\ntouch "$CALLS.pending"\n',
+    "curl": '[ -f "$CALLS.loading" ] || { touch "$CALLS.loading"; exit 22; }\n',
+    # More names than a pipe holds: a reader that leaves after the first line would end it by SIGPIPE.
+    "scontrol": '[ "$1" != show ] || seq --format=node%g 1 20000\n',
+    "srun": 'while [ "$1" != bash ]; do shift; done\nexec "$@"\n',
+    "sleep": "",
+    "rag-rl": "",
+    "vllm": "",
+    "hf": "",
+}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_is_shell(block):
-    done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+class Shell:
+    """A bash whose programs are the stand-ins, and nothing of this process's environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "calls"
+        (folder / "bin").mkdir()
+        for name, text in PROGRAMS.items():
+            path = folder / "bin" / name
+            path.write_text(CALLED + text.replace("exec sleep", "exec /bin/sleep"))
+            path.chmod(0o755)
+        path = f"{folder / 'bin'}:/usr/bin:/bin"
+        self.environment = {"PATH": path, "USER": "me", "HOME": str(folder), "CALLS": str(self.log)}
+
+    def run(self, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """As typed at a login node, but that an unset variable is an error."""
+        command = ["bash", "-u", "-c", text]
+        settings = {**self.environment, **environment}
+        return subprocess.run(command, env=settings, capture_output=True, text=True, check=False, timeout=300)
+
+    @property
+    def calls(self) -> list[list[str]]:
+        text = self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+        return [call.split("\037")[:-1] for call in text.split("\036")[:-1]]
+
+    def called(self, name: str) -> list[list[str]]:
+        return [call[1:] for call in self.calls if call[0] == name]
 
 
-def test_the_batch_script():
-    (script,) = [block for block in BLOCKS if block.startswith("#!")]
-    assert script.startswith("#!/bin/bash\n#SBATCH ")
-    head, _, body = script.partition("set -euo pipefail")
-    assert all(line.startswith("#") for line in head.splitlines()), "Slurm reads no option after the first command"
-    for wanted in ("--requeue", "--signal=B:USR1@", "--array=", "--open-mode=append"):
-        assert f"#SBATCH {wanted}" in head
-    assert "--resume_from_checkpoint true" in body
-    # A child sees only what is exported.
-    inner = re.search(r"bash -c '(.*?)'", body, re.DOTALL)
-    assert inner is not None
-    exported = set(re.findall(r"^export ([A-Z ]+)$", body, re.MULTILINE)[0].split())
-    used = {name for name in re.findall(r"\$\{?\(*([A-Z_]+)", inner[1]) if not name.startswith("SLURM_")}
-    assert used <= exported
-    assert subprocess.run(["bash", "-n", "-c", inner[1]], check=False).returncode == 0
+@pytest.fixture
+def shell(tmp_path) -> Shell:
+    (tmp_path / "shell").mkdir()
+    return Shell(tmp_path / "shell")
 
 
 def load(path: Path) -> ModuleType:
@@ -102,16 +127,169 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[4:8]))
-def test_every_command_can_be_typed(words):
-    place = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
-    recipe = ROOT / words[place]
-    assert (ROOT / words[words.index("--config_file") + 1]).is_file()
-    name = words[words.index("--config", place) + 1]
-    assert (ROOT / "recipes" / "configs" / recipe.stem / f"{name}.yaml").is_file()
-    known = {one.name for kind in load(recipe).ARGUMENTS for one in dataclasses.fields(kind)} | {"config"}
-    asked = {word[2:] for word in words[place:] if word.startswith("--")}
-    assert asked <= known, asked - known
+def check_launch(words: list[str], folder: Path) -> dict[str, Any]:
+    """What `accelerate` was called with: accelerate takes it, the recipe does, and what needs a key gets along."""
+    from accelerate.commands.launch import launch_command_parser
+
+    from rag_rl.config import read_arguments
+    from rag_rl.config.arguments import JudgeArguments
+    from rag_rl.config.parts import build_judge
+
+    assert words[0] == "launch"
+    known = launch_command_parser().parse_args(words[1:])
+    assert (ROOT / known.config_file).is_file()
+    recipe = ROOT / known.training_script
+    arguments = load(recipe).ARGUMENTS
+    config = known.training_script_args[known.training_script_args.index("--config") + 1]
+    header = (ROOT / "recipes" / "configs" / recipe.stem / f"{config}.yaml").read_text(encoding="utf-8")
+    keys = {
+        name: "-".join(["marked", "fake", "key"]) for name in re.findall(r"^#.*?\b([A-Z]+_API_KEY)\b", header, re.M)
+    }
+    # Without a GPU transformers refuses bf16, unless the CPU is asked for.
+    filled = read_arguments(recipe, *arguments, argv=[*known.training_script_args, "--use_cpu", "true"])
+    for one in filled:
+        if isinstance(one, JudgeArguments) and one.judge_name:
+            one.judge_cache = str(folder / "verdicts")
+            with pytest.MonkeyPatch.context() as patch:
+                for name, key in keys.items():  # that the config says it needs
+                    patch.setenv(name, key)
+                assert build_judge(one) is not None
+    settings: dict[str, Any] = {}
+    for one in filled:
+        settings |= vars(one)
+    return settings
+
+
+def check_rag_rl(words: list[str]) -> None:
+    """What `rag-rl` was called with."""
+    from rag_rl.cli import _parser
+
+    known = _parser().parse_args(words)
+    if getattr(known, "launch", None):
+        read_launch(str(ROOT / known.launch), known.processes)
+    if known.config is not None and words[0] == "doctor":
+        find_config(str(known.config).removeprefix("recipes/configs/").removesuffix(".yaml"), [ROOT / "recipes"])
+
+
+@pytest.fixture
+def without_keys(monkeypatch):
+    """A machine on which no key is set."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAG_RL_DATA", "data")
+
+
+def test_there_is_something_to_check():
+    assert len(BLOCKS) >= 8
+    assert sum("accelerate launch" in block for block in TYPED) >= 6
+
+
+@pytest.mark.parametrize("block", TYPED, ids=range(len(TYPED)))
+def test_every_block_can_be_typed(block, shell, tmp_path, without_keys):
+    done = shell.run(block)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(shell.called("accelerate")) == block.count("accelerate launch")
+    for words in shell.called("accelerate"):
+        settings = check_launch(words, tmp_path)
+        for name, value in settings.items():
+            if name.endswith("_url") and value and "localhost" not in str(value):
+                assert "node7" in str(value), f"{name}: the node was not there yet"
+    for words in shell.called("rag-rl"):
+        check_rag_rl(words)
+    for words in shell.called("sbatch"):
+        program, *rest = shlex.split(words[words.index("--wrap") + 1])
+        assert program in ("rag-rl", "vllm")
+        if program == "rag-rl":
+            check_rag_rl(rest)
+            assert rest[rest.index("--index") + 1] == "/shared/me/indexes/wiki"
+    for words in shell.called("squeue"):
+        assert "--jobs=4711" in words, "of this job, not of another one of that name"
+
+
+def test_a_judge_on_another_node_wants_a_key_unless_told_otherwise(shell, tmp_path, without_keys):
+    from rag_rl.errors import ConfigError
+
+    (block,) = [block for block in TYPED if "--judge_api_key_env" in block]
+    shell.run(block)
+    (words,) = shell.called("accelerate")
+    place = words.index("--judge_api_key_env")
+    assert words[place + 1] == ""
+    with pytest.raises(ConfigError, match=r"no key for .* at http://node7:8001/v1: set the environment variable"):
+        check_launch([*words[:place], *words[place + 2 :]], tmp_path)
+
+
+# ---- the batch script
+
+
+def test_the_head_of_the_batch_script():
+    assert SCRIPT.startswith("#!/bin/bash\n#SBATCH ")
+    head, _, body = SCRIPT.partition("set -euo pipefail")
+    assert all(line.startswith("#") for line in head.splitlines()), "Slurm reads no option after the first command"
+    for wanted in ("--requeue", "--signal=B:USR1@", "--array=", "--open-mode=append", "--cpus-per-task="):
+        assert f"#SBATCH {wanted}" in head
+    assert head.count("#SBATCH --output=%x-%A_%a.log") == 1
+    assert "--output=%x-%j.log" in head, "what to take without an array"
+    # A child sees only what is exported.
+    inner = re.search(r"bash -c '(.*?)'", body, re.DOTALL)
+    assert inner is not None
+    exported = set(re.findall(r"^export ([A-Z ]+)$", body, re.MULTILINE)[0].split())
+    used = {name for name in re.findall(r"\$\{?\(*([A-Z_]+)", inner[1]) if not name.startswith("SLURM_")}
+    assert used <= exported
+
+
+@pytest.fixture
+def batch(shell) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts the script as Slurm would on the first of two nodes, the checkout lying in a folder of the test's."""
+    shared = shell.folder / "shared"
+    (shared / "rag-rl" / ".venv" / "bin").mkdir(parents=True)
+    (shared / "rag-rl" / ".venv" / "bin" / "activate").touch()
+    assert SCRIPT.count("SHARED=/shared/$USER") == 1
+    path = shell.folder / "train.sbatch"
+    path.write_text(SCRIPT.replace("SHARED=/shared/$USER", f"SHARED={shared}"), encoding="utf-8")
+    of_slurm = {
+        "SLURM_JOB_ID": "4712", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NNODES": "2", "SLURM_NODEID": "1",
+        "SLURM_JOB_NODELIST": "node[1-20000]", "SLURM_CPUS_PER_TASK": "64",
+    }  # fmt: skip
+
+    def start(**environment: str) -> subprocess.Popen[bytes]:
+        settings = {**shell.environment, **of_slurm, **environment}
+        return subprocess.Popen(["bash", str(path)], env=settings, start_new_session=True)
+
+    return start
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_batch_script(code, batch, shell, tmp_path, without_keys):
+    assert batch(CODE=str(code)).wait(300) == code
+    assert shell.called("scontrol") == [["show", "hostnames", "node[1-20000]"]]
+    (srun,) = shell.called("srun")
+    assert srun[:4] == ["--cpus-per-task=64", "--kill-on-bad-exit=1", "bash", "-c"]
+    (words,) = shell.called("accelerate")
+    assert words[:13] == [
+        "launch", "--config_file", "accelerate_configs/multi_node.yaml", "--num_machines", "2", "--num_processes",
+        "16", "--machine_rank", "1", "--main_process_ip", "node1", "--main_process_port", "24712",
+    ]  # fmt: skip
+    settings = check_launch(words, tmp_path)
+    assert (settings["seed"], settings["resume_from_checkpoint"]) == (3, "true")
+    folder = shell.folder / "shared" / "runs" / "grpo_generator-qwen2.5-7b_hotpotqa_lora-seed3"
+    assert settings["output_dir"] == str(folder)
+
+
+def test_the_batch_script_goes_back_to_the_queue(batch, shell):
+    begun = shell.folder / "begun"
+    job = batch(HANG=str(begun))
+    try:
+        deadline = time.monotonic() + 300
+        while not begun.exists():
+            assert time.monotonic() < deadline
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)  # to the script alone, as B: says
+        assert job.wait(300) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)  # Slurm ends the step
+    assert shell.called("scontrol")[1:] == [["requeue", "4712"]]
 
 
 def test_every_file_that_it_names_is_there():

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -28,6 +33,17 @@ EXPECTED = {
     "zero3_offload": ("DEEPSPEED", 8, False),
 }
 ZERO = sorted(name for name in EXPECTED if name.startswith("zero"))
+SEVERAL_GPUS = sorted(name for name, (kind, *_, on_cpu) in EXPECTED.items() if kind != "NO" and not on_cpu)
+# recipe -> its "Cluster:" line, words and all
+CLUSTER = {
+    path.stem: " ".join(found[1].split())
+    for path in sorted((ROOT / "recipes").glob("*.py"))
+    if (
+        found := re.search(
+            r"^Cluster: (accelerate .*?)\"{3}", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        )
+    )
+}
 # As the Trainer does it: its arguments set up the process group, and only then comes the Accelerator.
 PROBE = """
 import json
@@ -77,6 +93,81 @@ def test_accelerate_reads_it(name):
     assert (config.distributed_type.value, config.num_processes, config.use_cpu) == (kind, processes, on_cpu)
     # A precision in the launch file would win over the recipe's own flag; beside a DeepSpeed config it is an error.
     assert config.mixed_precision == (None if kind == "DEEPSPEED" else "no")
+
+
+@pytest.fixture
+def told(monkeypatch) -> Callable[..., SimpleNamespace]:
+    """Runs `accelerate launch` up to the call that would start processes; gives what torch's launcher is told."""
+    from accelerate.commands import launch as launching
+    from accelerate.utils import launch as preparing
+
+    seen: dict[str, Any] = {}
+
+    def start(args):
+        seen.update(vars(args), environment=dict(os.environ))
+
+    monkeypatch.setattr("torch.distributed.run.run", start)
+    monkeypatch.setattr(preparing, "is_port_in_use", lambda port: False)  # by whatever else runs on this machine
+
+    def launch(*words: object) -> SimpleNamespace:
+        seen.clear()
+        launching.launch_command(launching.launch_command_parser().parse_args([str(word) for word in words]))
+        return SimpleNamespace(**seen)
+
+    return launch
+
+
+@pytest.mark.parametrize("name", SEVERAL_GPUS)
+def test_the_number_of_processes_is_a_flag(name, told):
+    """Each file as it is: with another number, and over nodes; nothing is started."""
+    if name in ZERO:
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'rag-rl[dev]'")
+    kind, processes, _ = EXPECTED[name]
+    file = ["--config_file", ACCELERATE / f"{name}.yaml"]
+    nodes = ["--num_machines", 2, "--machine_rank", 1, "--main_process_ip", "node1", "--main_process_port", 20001]
+    if name != "multi_node":
+        assert told(*file, "x.py").nproc_per_node == str(processes)
+        found = told(*file, "--num_processes", 3, "x.py", "--config", "mine")
+        assert (found.nproc_per_node, found.nnodes, found.training_script) == ("3", "1:1", "x.py")
+        assert found.training_script_args == ["--config", "mine"]
+    found = told(*file, *nodes, "--num_processes", 6, "x.py")
+    assert (found.nproc_per_node, found.nnodes, found.node_rank) == ("3", "2", 1)
+    assert (found.rdzv_endpoint, found.rdzv_backend) == ("node1:20001", "static")
+    environment = found.environment
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert environment.get("ACCELERATE_USE_DEEPSPEED") == ("true" if kind == "DEEPSPEED" else None)
+    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if kind == "FSDP" else None)
+    if kind == "DEEPSPEED":
+        content = json.loads(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+        assert content == json.loads((DEEPSPEED / f"{name}.json").read_text())
+        assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str(name.startswith("zero3")).lower()
+    if kind == "FSDP":
+        assert environment["FSDP_VERSION"] == "2"
+
+
+def test_every_recipe_says_how_it_goes_over_nodes():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    assert recipes - CLUSTER.keys() == {"build_index", "build_trajectories"}, "one process works there"
+
+
+@pytest.mark.parametrize("recipe", sorted(CLUSTER))
+def test_the_cluster_line_of_a_recipe(recipe, told, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line, _, remark = CLUSTER[recipe].partition(" (")
+    assert remark == "on each node; docs/clusters.md says what the four are, and has a script for Slurm)"
+    name = re.search(r"accelerate_configs/(\w+)\.yaml", line)
+    assert name is not None
+    assert name[1] in ("multi_node", *ZERO)
+    if name[1] in ZERO:
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'rag-rl[dev]'")
+    for word, value in {"M": "3", "GPUS": "24", "RANK": "2", "HOST": "node1"}.items():
+        assert len(re.findall(rf" {word}(?= )", line)) == 1
+        line = line.replace(f" {word} ", f" {value} ")
+    assert shlex.split(line)[:2] == ["accelerate", "launch"]
+    found = told(*shlex.split(line)[2:])
+    assert (found.nproc_per_node, found.nnodes, found.node_rank) == ("8", "3", 2)
+    assert found.rdzv_endpoint == "node1:29500"
+    assert (found.training_script, found.training_script_args) == (f"recipes/{recipe}.py", ["--config", "NAME"])
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

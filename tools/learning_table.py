@@ -5,11 +5,14 @@
     python tools/learning_table.py sft_reasoner --seeds 1 2 3
     python tools/learning_table.py ppo_reasoner --seeds 1 2 3     (after grpo_generator and sft_reasoner)
     python tools/learning_table.py grpo_reasoner --seeds 1 2 3    (the same)
+    python tools/learning_table.py train_reranker --seeds 1 2 3   (grpo_reranker, dpo_augmenter, distill_retriever,
+                                                                   self_boost: the same)
 
-Runs the tiny config exactly as shipped, once a seed, then with a constant reward. For the generator the first seed's
-trained model is asked again with a shuffled index and without any passage; for the retriever the config without
-history and the REPLUG baseline are run as well; the reasoner is also trained from the cold start of the same seed,
-and measured against a trained generator. Finished runs are not run again. Prints rows for a table.
+Runs the tiny config exactly as shipped, once a seed, then with a constant reward where there is one. For the
+generator the first seed's trained model is asked again with a shuffled index and without any passage; for the
+retriever the config without history and the REPLUG baseline are run as well, for distillation contrastive training on
+the same queries; the reasoner is also trained from the cold start of the same seed, and measured against a trained
+generator. Finished runs are not run again. Prints rows for a table.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ METRICS: dict[str, tuple[str, ...]] = {
     "sft_reasoner": ("em", "f1", "format", "searches"),
     "ppo_reasoner": ("em", "f1", "format", "searches"),
     "grpo_reasoner": ("em", "f1", "format", "searches"),
+    **dict.fromkeys(
+        ("train_reranker", "grpo_reranker", "dpo_augmenter", "distill_retriever", "self_boost"),
+        ("ndcg@10", "mrr@10", "recall@10"),
+    ),
 }
 SHORT = ("--max_steps", "30")
 # One question, asked once, of a generator that was trained to answer so: a chain has to beat it as well.
@@ -55,6 +62,7 @@ FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "from SFT": (*ONE_SHOT, "--model_name_or_path", "{out}/sft_reasoner-as_a_conversation{seed}"),
         "constant reward": ("--step_reward", "constant", "--max_steps", "8", *ONE_SHOT, *THREE),
     },
+    "distill_retriever": {"contrastive": ("--distill_teacher", "none")},
 }
 
 
@@ -115,7 +123,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     metrics = METRICS[args.recipe]
-    kinds: dict[str, tuple[str, ...]] = {"seed": (), **FURTHER[args.recipe]}
+    kinds: dict[str, tuple[str, ...]] = {"seed": (), **FURTHER.get(args.recipe, {})}
     lines, baselines = [], []
     for kind, flags in kinds.items():
         for seed in args.seeds if not args.only or kind in args.only else []:

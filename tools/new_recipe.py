@@ -23,7 +23,9 @@ Needs: (fill in: GPU memory, services; tiny: 2 CPU cores, minutes.)
 Paper: (fill in: title and arXiv number, then how this differs.)
 CPU: accelerate launch recipes/{name}.py
 One node: accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/{name}.py --config NAME
-Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml recipes/{name}.py --config NAME
+Cluster: accelerate launch --config_file accelerate_configs/multi_node.yaml --num_machines M --num_processes GPUS
+    --machine_rank RANK --main_process_ip HOST recipes/{name}.py --config NAME
+    (on each node; docs/clusters.md says what the four are, and has a script for Slurm)
 """
 '''
 STOP = '    raise SystemExit(f"{__file__} is a skeleton: fill in docstring and steps, then delete this line")\n'

@@ -354,9 +354,7 @@ def build_retriever(args: RetrieverArguments, data: DataArguments, *, seed: int 
         case name if ":" in name:
             retriever = import_attribute(name)(args, data)
         case name:
-            raise ConfigError(
-                f"retriever_name must be dense, none or package.module:attribute, got {name!r} (or http, for a server)"
-            )
+            raise ConfigError(f"retriever_name must be dense, http, none or package.module:attribute, got {name!r}")
     if args.retriever_reranker:
         from rag_rl.config.rerankers import build_reranked
 

@@ -203,10 +203,10 @@ def write_augmentations(
         if assembly.augmented is not None:
             assembly.augmented.save(folder)
         write_queries(place / QUERIES, [SyntheticQuery(query.text, text) for query, text in texts])
-        write_augmented(
-            place / ANSWERS,
-            [AugmentedQuery(query.text, text, prefix + (by_place[i] or "")) for i, (query, text) in enumerate(texts)],
-        )
+        written = [(query.text, text, by_place[i]) for i, (query, text) in enumerate(texts)]
+        # A query to which nothing was written has no row: whoever reads the file searches for it as it is.
+        told = [AugmentedQuery(query, text, prefix + answer) for query, text, answer in written if answer]
+        write_augmented(place / ANSWERS, told)
 
 
 def _bare_name(model: str) -> str:
@@ -384,16 +384,18 @@ def _scored(
         )
     some = valid.any(1)
     spread = np.where(valid, signal, np.nan)[some]
+    # Equal texts can differ in their signal by chance.
+    pairs = [pair for pair in found.pairs if texts[pair.query][pair.chosen] != texts[pair.query][pair.rejected]]
+    lost = {pair.query for pair in found.pairs} - {pair.query for pair in pairs}
     return {
         "pairs": [
             [batch.start + pair.query, pair.chosen, pair.rejected, pair.chosen_score, pair.rejected_score]
-            for pair in found.pairs
-            if texts[pair.query][pair.chosen] != texts[pair.query][pair.rejected]  # equal ones can differ by chance
+            for pair in pairs
         ],
         "rows": rows.tolist(),
         "too_few": found.too_few,
         "no_gain": found.no_gain,
-        "too_alike": found.too_alike,
+        "too_alike": found.too_alike + len(lost),
         "too_long": too_long,
         "scored": int(some.sum()),
         "bare": float(bare[some].sum()),

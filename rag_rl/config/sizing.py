@@ -13,10 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import yaml
 
+from rag_rl.config.launching import check_sharding
 from rag_rl.config.memory import (
     GIB,
     MemoryEstimate,
@@ -101,6 +103,7 @@ class Sizing:
         methods: what the recipe can train by.
         step_rows: sequences that one card trains on in a step.
         written_rows: sequences that it writes for a step; 0: none, or no number that the settings tell.
+        shareable: whether its weights may be shared out over processes (ZeRO-3).
     """
 
     config: str
@@ -114,6 +117,7 @@ class Sizing:
     methods: tuple[Method, ...] = ("full", "lora", "qlora")
     step_rows: int = 1
     written_rows: int = 0
+    shareable: bool = True
 
     @property
     def training_seconds(self) -> float:
@@ -339,11 +343,12 @@ def size_config(
         The estimate, with its assumptions.
 
     Raises:
-        ConfigError: a model's config is missing, or the recipe trains nothing.
+        ConfigError: a model's config is missing, the recipe trains nothing, or it refuses such a launch.
     """
     settings = read_settings(config, recipe)
     if "boost_rounds" in settings:
         raise ConfigError(f"{recipe.stem} trains two models in turns: ask about configs of the recipes that do it")
+    _check_launch(settings, launch)
     notes: list[str] = []
     key, kind = _trained(settings)
     model = read_model(settings[key] or "", kind, needs=needs)
@@ -369,7 +374,23 @@ def size_config(
         methods,
         step_rows=plan.rows * steps,
         written_rows=plan.rows * steps if grpo else 0,
+        shareable=_takes(settings, Launch(launch.processes, 3, deepspeed=True)),
     )
+
+
+def _check_launch(settings: Mapping[str, Any], launch: Launch) -> None:
+    """Refuses what the recipe would refuse, in its words."""
+    # What is refused under FSDP is refused under ZeRO-3 as well, so that the stage stands for both.
+    plugin = SimpleNamespace(zero_stage=launch.zero_stage) if launch.deepspeed or launch.zero_stage else None
+    check_sharding(SimpleNamespace(**{**settings, "deepspeed_plugin": plugin}))
+
+
+def _takes(settings: Mapping[str, Any], launch: Launch) -> bool:
+    try:
+        _check_launch(settings, launch)
+    except ConfigError:
+        return False
+    return True
 
 
 def _trained(settings: Mapping[str, Any]) -> tuple[str, Kind]:
@@ -644,9 +665,10 @@ def _advice(sizing: Sizing, best: str, gpu_bytes: float) -> str:
     if sizing.estimate.total <= gpu_bytes:
         return "this config fits as it is"
     if not best:
+        shared = "accelerate_configs/zero3.yaml or zero3_offload.yaml over more cards, " if sizing.shareable else ""
         return (
-            "none fits: fewer rows a step (per_device_train_batch_size), shorter texts, accelerate_configs/zero3.yaml "
-            "or zero3_offload.yaml over more cards, or a smaller model (docs/clusters.md)"
+            f"none fits: fewer rows a step (per_device_train_batch_size), shorter texts, {shared}or a smaller model "
+            "(docs/clusters.md)"
         )
     method, _, checkpointing = best.partition(" + ")
     own = {"reranker": "reranker_train", "retriever": "retriever_train"}

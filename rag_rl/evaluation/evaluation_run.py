@@ -26,6 +26,7 @@ from rag_rl.run import (
     config_source,
     join_processes,
     keep_settings,
+    leave_finished,
     main_process_only,
     peak_memory,
     versions,
@@ -154,6 +155,8 @@ def start_evaluation(
         ConfigError: as in ``read_plan``.
         RunFolderError: the folder holds something else, or a part's folder no finished run of it.
     """
+    from accelerate.utils import wait_for_everyone
+
     from rag_rl.config.assemblies import read_plan
 
     plan = read_plan(recipe_file, arguments, argv=argv)
@@ -165,6 +168,7 @@ def start_evaluation(
     recorded = folder / "resolved_config.yaml"
     if folder.is_dir() and not recorded.is_file() and any(not f.name.endswith(".part") for f in folder.iterdir()):
         raise RunFolderError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
+    wait_for_everyone()  # all have looked before one writes
     settings = {"recipe": "evaluate_rag", "config": config, **plan.settings}
     done = folder / "metrics.json"
     with main_process_only() as main:
@@ -175,8 +179,7 @@ def start_evaluation(
     if done.is_file():
         known = json.loads(done.read_text(encoding="utf-8")).get("baselines") or {}
         if set(plan.evaluation.evaluation_baselines) <= set(known):
-            print(f"{folder} is already finished: see {folder / 'report.html'}")  # noqa: T201
-            raise SystemExit(0)
+            leave_finished(folder)
     logger.info("run folder: %s (%s)", folder, ", ".join(f"{k} {v}" for k, v in list(versions().items())[:2]))
     return EvaluationRun(folder, config, plan)
 

@@ -180,7 +180,7 @@ class OpenAIGenerator:
             return "EMPTY"
         raise ConfigError(
             f"no key for {self.base_url}: set the environment variable {self.api_key_env}, "
-            f"or name another one (generator_api_key_env; empty for a server that wants no key)"
+            f"or name another one (the ..._api_key_env beside its ..._base_url; empty for a server that wants no key)"
         )
 
     async def _ask_all(self, bodies: Sequence[dict[str, Any]], stop: Sequence[str], key: str) -> list[Generation]:

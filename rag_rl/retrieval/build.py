@@ -7,6 +7,7 @@ an index.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -61,6 +62,8 @@ logger = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 _KEYS = "keys.sqlite3"
 _LOCK = ".lock"
+# What a file system without locks says: Lustre mounted without -o flock, NFS whose lock service does not run.
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 _PROBES = 8
 _PROBE_TOP_K = 10
 
@@ -84,7 +87,7 @@ def build_index(
     are built (``rag_rl.retrieval.approximate``; Chroma's graph). After a kill, the same call goes on: the passages are
     read again and compared with what is stored, but no stored one is embedded again, and a graph or lists go on from
     where they were last saved. Several processes may call this for the same folder: one builds, the others wait and
-    find it finished.
+    find it finished. Where the file system has no locks a warning says so, and nobody waits: build there first.
 
     Args:
         passages: the corpus, in a fixed order; read once.
@@ -105,7 +108,7 @@ def build_index(
         IndexDamagedError: the finished index in the folder is damaged.
         RunFolderError: the folder holds something else.
         MissingPackageError: the backend's package is not installed.
-        BackendError: the disk is full, Chroma failed, or the encoder gave no proper vectors.
+        BackendError: the disk is full or fails, Chroma failed, or the encoder gave no proper vectors.
     """
     if backend not in ("faiss", "chroma"):
         raise ConfigError(f"retriever_backend must be faiss or chroma, got {backend!r}")
@@ -172,10 +175,20 @@ def _locked(folder: Path) -> Iterator[None]:
         handle = (folder / _LOCK).open("w")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is building %s; waiting for it", folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("another process is building %s; waiting for it", folder)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise BackendError(f"cannot lock the index {folder}: {error.strerror or error}") from error
+            if not (folder / MANIFEST).exists():
+                logger.warning(
+                    "%s: no lock on this file system (%s): build the index once before several runs start",
+                    folder,
+                    error.strerror,
+                )
         yield
 
 

@@ -2,7 +2,7 @@
 
 One text of three labelled fields: the original question, the hops so far, and the current sub-query last. Departure
 from the authors' code, which cuts a long text on the right and so loses the current query: here the oldest hops give
-way first, then the end of the question, and the query never.
+way first, then the end of the question, and the query never. The hops are written as text, not as JSON with a status.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from rag_rl.reasoning.environment import Environment
 from rag_rl.trainers.plackett_luce import first_pick_entropy, log_prob, sample
 from rag_rl.trainers.reranker_config import RerankerConfig
 from rag_rl.trainers.reranker_trainer import PairSource, RankedList, RerankerTrainer
-from rag_rl.trainers.retriever_grpo_trainer import advantages_of
+from rag_rl.trainers.retriever_grpo_trainer import shared_advantages
 from rag_rl.types import Hit, Passage, Query, Question
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,11 @@ class RerankerGRPOConfig(RerankerConfig):
         default=1.0, metadata={"help": "temperature of the Plackett-Luce policy: logits are divided by it"}
     )
     scale_rewards: Literal["group", "batch", "none"] = field(
-        default="group", metadata={"help": "advantages are divided by the standard deviation of their group or batch"}
+        default="group",
+        metadata={
+            "help": "advantages are divided by the standard deviation of their group, or of the batch (what one "
+            "forward pass of all processes holds)"
+        },
     )
     advantage_baseline: Literal["mean", "leave_one_out"] = field(
         default="mean", metadata={"help": "what is subtracted from a reward: the group's mean, or that of the others"}
@@ -280,7 +284,9 @@ class RerankerGRPOTrainer(RerankerTrainer):
         if len(found) != len(orders):
             raise ConfigError(f"the reward gives {len(found)} values for {len(orders)} orders")
         table = torch.tensor([float("nan") if r is None else float(r) for r in found]).view(-1, group)
-        advantages, varied = advantages_of(table, scale=args.scale_rewards, baseline=args.advantage_baseline)
+        advantages, varied = shared_advantages(
+            table, self.accelerator, scale=args.scale_rewards, baseline=args.advantage_baseline
+        )
         self._note(table, varied, first_pick_entropy(scores.detach(), mask=mask))
         used = (torch.isfinite(table) & varied[:, None]).to(scores.device)
         terms = log_prob(pool, picks, mask=valid) * advantages.to(scores)

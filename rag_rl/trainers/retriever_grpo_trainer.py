@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -154,8 +155,11 @@ class HopBatch:
 class SampledLists:
     """The policy while training: samples an ordered list of k out of the K best passages of each state.
 
-    The noise of a list depends on the seed, the step, the state and how often the same state came before, and on
-    nothing else: one process or two, one batch or eight, resumed or not, the same lists are drawn.
+    The noise of a list depends on the seed, the step, the state and how often the same state came before in this step
+    and process, and on nothing else: one process or two, one batch or eight, the same lists are drawn, as long as a
+    state names its question. (Without history, equal sub-queries of different questions are one state, which each
+    process counts for itself.) The same after a resume from a checkpoint between two batches: with ``num_iterations``
+    above 1, one whose step is a multiple of it.
 
     Args:
         trainer: whose encoder scores.
@@ -348,7 +352,9 @@ class RetrieverGRPOTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         args, group = self.args, self.args.num_generations
         rewards = self.environment.rewards(trajectories)
         table = torch.tensor([float("nan") if r is None else r for r in rewards]).view(-1, group)
-        advantages, varied = advantages_of(table, scale=args.scale_rewards, baseline=args.advantage_baseline)
+        advantages, varied = shared_advantages(
+            table, self.accelerator, scale=args.scale_rewards, baseline=args.advantage_baseline
+        )
         used = torch.isfinite(table)
         if args.objective == "replug":
             self._read_candidates(trajectories, states)
@@ -689,6 +695,28 @@ def advantages_of(
         centred = centred / (rewards[scored].std() + epsilon)
     # Rounding leaves a trace where all rewards are alike; a group without variance teaches nothing, exactly.
     return torch.where(varied[:, None], centred, 0.0), varied
+
+
+def shared_advantages(
+    rewards: Tensor, accelerator: Accelerator, *, scale: str = "group", baseline: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Advantages of one process's groups, where the standard deviation of a batch is that of all processes.
+
+    Args:
+        rewards: (B, G) on the CPU, of this process; as many on each of the others.
+        accelerator: of the trainer.
+        scale: as in ``advantages_of``.
+        baseline: as there.
+
+    Returns:
+        As there, for this process's groups.
+    """
+    if scale != "batch" or accelerator.num_processes == 1:
+        return advantages_of(rewards, scale=scale, baseline=baseline)
+    everyone = accelerator.gather(rewards.to(accelerator.device)).cpu()
+    advantages, varied = advantages_of(everyone, scale=scale, baseline=baseline)
+    own = slice(accelerator.process_index * len(rewards), (accelerator.process_index + 1) * len(rewards))
+    return advantages[own], varied[own]
 
 
 def check_pool(passages: int, candidates: int, top_k: int) -> int:

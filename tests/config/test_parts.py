@@ -359,7 +359,7 @@ def test_reranked_retriever(retriever):
 
 
 def test_unknown_retriever():
-    expected = "retriever_name must be dense, none or package.module:attribute, got 'bm25'"
+    expected = "retriever_name must be dense, http, none or package.module:attribute, got 'bm25'"
     with pytest.raises(ConfigError, match=expected):
         build_retriever(RetrieverArguments(retriever_name="bm25"), DATA)
 

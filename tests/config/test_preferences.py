@@ -362,13 +362,14 @@ def test_what_a_retriever_learns_from(index, queries, tmp_path):
     said = ScriptedGenerator(lambda prompt, number: "" if number == 3 else f"Passage {number}.")
     write_augmentations(assembly.with_generator(said), queries, index, tmp_path, prefix="About: ")
     found = read_augmented(tmp_path / "retriever" / "answers.json")
-    assert [one.answer for one in found[:5]] == [
-        "About: Passage 0.", "About: Passage 1.", "About: Passage 2.", "About: ", "About: Passage 4.",
-    ]  # fmt: skip
-    assert [one.query for one in found] == [query.text for query in queries]
+    assert [one.answer for one in found[:4]] == [f"About: Passage {number}." for number in (0, 1, 2, 4)]
+    assert [one.query for one in found] == [query.text for query in (*queries[:3], *queries[4:])], (
+        "the silent one is out"
+    )
     assert found[0].passage == index.passages[queries[0].rows[0]].contents
     written = read_queries(tmp_path / "retriever" / "queries.json")
-    assert [one.passage for one in written] == [one.passage for one in found]
+    assert [one.query for one in written] == [query.text for query in queries]
+    assert [one.passage for one in (*written[:3], *written[4:])] == [one.passage for one in found]
 
 
 def test_the_model_is_asked_as_in_use(queries):

@@ -141,6 +141,54 @@ def test_what_trains_two_models():
         size_config(config, script, launch=Launch())
 
 
+def sized_tiny(recipe: str, name: str):
+    config, script = find_config(f"{recipe}/tiny", RECIPES)
+    launch = read_launch(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
+    return size_config(config, script, launch=launch, gpu_bytes=24 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "told"),
+    [
+        ("ppo_reasoner", "zero1", "PPO runs on one process or under DDP, not under DeepSpeed or FSDP: launch it with"),
+        ("ppo_reasoner", "zero3", "PPO runs on one process or under DDP, not under DeepSpeed or FSDP: launch it with"),
+        ("ppo_reasoner", "fsdp2", "PPO runs on one process or under DDP, not under DeepSpeed or FSDP: launch it with"),
+        ("train_reranker", "zero3", "an encoder or a reranker is not shared out over processes (ZeRO-3, FSDP)"),
+        ("distill_retriever", "fsdp2", "an encoder or a reranker is not shared out over processes (ZeRO-3, FSDP)"),
+        (
+            "grpo_retriever",
+            "zero3_offload",
+            "an encoder or a reranker is not shared out over processes (ZeRO-3, FSDP)",
+        ),
+    ],
+)
+def test_a_launch_that_the_recipe_refuses(recipe, name, told):
+    """In the recipe's own words (tests/config/test_launching.py)."""
+    with pytest.raises(ConfigError) as error:
+        sized_tiny(recipe, name)
+    assert str(error.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "shareable"),
+    [
+        ("ppo_reasoner", "multi_gpu", False),
+        ("train_reranker", "zero2", False),
+        ("grpo_retriever", "zero1", False),
+        ("dpo_augmenter", "zero3", True),
+        ("grpo_reasoner", "fsdp2", True),
+    ],
+)
+def test_advice_names_only_what_the_recipe_takes(recipe, name, shareable):
+    sizing = sized_tiny(recipe, name)
+    advice = describe(sizing, gpu_bytes=0.01 * GIB)[-1]
+    shared = "accelerate_configs/zero3.yaml or zero3_offload.yaml over more cards, " if shareable else ""
+    assert advice == (
+        "  advice      none fits: fewer rows a step (per_device_train_batch_size), shorter texts, "
+        f"{shared}or a smaller model (docs/clusters.md)"
+    )
+
+
 @pytest.fixture
 def seven(tmp_path) -> Path:
     """A folder that holds nothing but the config of a model of 7.6 B parameters."""

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 
@@ -53,3 +56,31 @@ def test_a_disk_that_refuses_is_named(tmp_path):
     if sys.platform == "linux":
         with pytest.raises(BackendError, match="No space left on device"):
             VerdictLog("/dev/full").write({"a": 1})
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOTSUP", "ENOLCK"])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, code):
+    """Lustre without -o flock, NFS without its lock service."""
+    asked = []
+
+    def refuse(file, how):
+        asked.append(how)
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    log = VerdictLog(tmp_path / "verdicts.jsonl")
+    log.write({"answer": "a"})
+    log.write({"answer": "b"})
+    assert rows(log.path) == [{"answer": "a"}, {"answer": "b"}]
+    assert asked == [fcntl.LOCK_EX], "it is asked for once"
+    (record,) = caplog.records
+    assert record.message.startswith(f"{log.path}: no lock on this file system (")
+
+
+def test_a_lock_that_fails_otherwise(tmp_path, monkeypatch):
+    def fail(file, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(BackendError, match=r"verdicts\.jsonl cannot be written: Input/output error"):
+        VerdictLog(tmp_path / "verdicts.jsonl").write({"a": 1})

@@ -1,19 +1,26 @@
-"""Recipes inside the test process, in several processes, and killed in the middle."""
+"""Recipes inside the test process, in several processes, killed in the middle; and what the tests of each share.
+
+The second part is for files that test one recipe: they name it in RECIPE and say in SHORT what makes its runs short.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
+
+from tests.recipes.run_folders import KEYS, RUN_FILES, SGD, leftovers_in, metrics_of, names_in, times_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -206,3 +213,172 @@ def kill_and_resume(kill_when, run_recipe) -> Callable[..., int]:
         return int(Path(checkpoint).name.split("-")[1])
 
     return run
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# For the file that tests one recipe: RECIPE is its name, SHORT the settings that make its runs short.
+
+
+@pytest.fixture(scope="module")
+def brief(request, short) -> Callable[..., list[str]]:
+    """Makes the flags of a short run, as SHORT has them; ``brief(max_steps=1)`` changes one, None leaves it out."""
+    return lambda **changes: short(**{**request.module.SHORT, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained_run(request, run_recipe, brief, tmp_path_factory) -> Path:
+    """The folder of a short, finished run in a process of its own, without a launcher; its stderr.txt lies beside it.
+
+    Tests that write to it take a copy.
+    """
+    folder = tmp_path_factory.mktemp(request.module.RECIPE) / "run"
+    done = run_recipe(request.module.RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder.parent / "stderr.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture
+def bad(request, refused, brief, tmp_path) -> Callable[..., str]:
+    """Runs the recipe on input that it must refuse: ``bad("--flag", value, setting=value)``; gives its one line.
+
+    The output folder, ``tmp_path / "run"``, must hold no run afterwards that could be taken for a finished one.
+    """
+
+    def run(*flags: object, code: int = 2, **changes: object) -> str:
+        output = tmp_path / "run"
+        line = refused(request.module.RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
+        assert not (output / "metrics.json").exists()
+        return line
+
+    return run
+
+
+@pytest.fixture
+def bad_at_once(bad, tmp_path) -> Callable[..., str]:
+    """As ``bad``, of input that must be refused before anything is measured."""
+
+    def run(*flags: object, code: int = 2, **changes: object) -> str:
+        line = bad(*flags, code=code, **changes)
+        assert not (tmp_path / "run" / "before.json").exists()
+        return line
+
+    return run
+
+
+@pytest.fixture
+def check_metrics(request) -> Callable[..., dict[str, Any]]:
+    """Looks at what is the same in the ``metrics.json`` of every finished short run, and gives all of it.
+
+    ``check_metrics(folder, n_eval=20, more={"baselines"})``: ``more`` are the keys that this recipe adds.
+    """
+
+    def check(folder: Path, *, n_eval: int, config: str = "tiny", more: Collection[str] = ()) -> dict[str, Any]:
+        found = metrics_of(folder)
+        assert set(found) == KEYS | set(more)
+        assert (found["recipe"], found["config"], found["seed"]) == (request.module.RECIPE, config, 42)
+        assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", n_eval, 1)
+        return found
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_run_folder() -> Callable[..., None]:
+    """Looks at the files of a finished run: those of every run and ``more`` are there, and nothing half-written.
+
+    Weights are never pickled; TRL's PPO trainer leaves its arguments so (``pickled``). The texts, ``portable`` among
+    them, must not name a path of this machine.
+    """
+
+    def check(
+        folder: Path,
+        more: Collection[str],
+        *,
+        portable: Collection[str] = ("config.json",),
+        pickled: Collection[str] = (),
+    ) -> None:
+        assert names_in(folder) >= RUN_FILES | set(more)
+        assert set(leftovers_in(folder)) <= set(pickled)
+        for name in ("README.md", "resolved_config.yaml", *portable):
+            assert str(ROOT) not in (folder / name).read_text(), f"{name} names a path of this machine"
+
+    return check
+
+
+@pytest.fixture
+def check_started_again(request, run_recipe, run_here, brief, capsys) -> Callable[..., None]:
+    """Starts a finished run again, by the flags that made it: it says so, ends well and touches nothing."""
+
+    def check(folder: Path, *, own_process: bool = False) -> None:
+        before = times_of(folder)
+        words = [*brief(), "--output_dir", folder]
+        if own_process:
+            done = run_recipe(request.module.RECIPE, *words)
+            assert done.returncode == 0, done.stderr
+            said = done.stdout
+        else:
+            assert run_here(request.module.RECIPE, *words) == 0
+            said = capsys.readouterr().out
+        assert f"{folder} is already finished" in said
+        assert times_of(folder) == before
+
+    return check
+
+
+@pytest.fixture
+def check_plain_launch(request, brief, tmp_path) -> Callable[[], None]:
+    """Runs the recipe by ``accelerate launch`` without arguments; it says where the report is."""
+
+    def check() -> None:
+        recipe = request.module.RECIPE
+        program = str(Path(sys.executable).parent / "accelerate")
+        command = [program, "launch", str(RECIPES / f"{recipe}.py"), *brief()]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = tmp_path / "runs" / f"{recipe}-tiny-seed42"
+        assert metrics_of(folder)["status"] == "complete"
+        assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+
+    return check
+
+
+@pytest.fixture
+def check_copy_elsewhere(request, run_recipe, brief, tmp_path) -> Callable[..., None]:
+    """Runs a copy of the recipe with a copy of its config, from a third folder, which the run goes to."""
+
+    def check(*flags: object, **changes: object) -> None:
+        recipe = request.module.RECIPE
+        project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+        project.mkdir()
+        elsewhere.mkdir()
+        shutil.copy(RECIPES / f"{recipe}.py", project / "mine.py")
+        shutil.copy(RECIPES / "configs" / recipe / "tiny.yaml", project / "my.yaml")
+        words = ["--config", "../project/my.yaml", *brief(**changes), *flags]
+        done = run_recipe(project / "mine.py", *words, cwd=elsewhere)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = metrics_of(elsewhere / "runs" / "mine-my-seed42")
+        assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+
+    return check
+
+
+@pytest.fixture
+def alone_and_both(request, run_recipe, launch_recipe, brief, tmp_path) -> Callable[..., tuple[Path, Path, str]]:
+    """Trains in one process, and in two with half of each batch, by plain gradient descent.
+
+    ``alone_and_both(16, max_steps=5)`` gives both folders and what the two processes printed.
+    """
+
+    def train(batch: int, **changes: object) -> tuple[Path, Path, str]:
+        recipe, same = request.module.RECIPE, {**SGD, **changes}
+        alone, both = tmp_path / "alone", tmp_path / "both"
+        flags = brief(**same, per_device_train_batch_size=batch)
+        done = run_recipe(recipe, *flags, "--output_dir", alone, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        flags = brief(**same, per_device_train_batch_size=batch // 2)
+        done = launch_recipe(recipe, *flags, "--output_dir", both, cwd=tmp_path)
+        assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
+        return alone, both, done.stdout
+
+    return train

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import resource
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +12,10 @@ from pathlib import Path
 import pytest
 
 from rag_rl.types import Passage
+from tests.recipes.loopback import free_port
+from tests.recipes.run_folders import metrics_of, steps_of, times_of, write_lines
 
 RECIPE = "grpo_generator"
-
-
-def write_lines(path: Path, *rows: object) -> Path:
-    """Writes rows as JSONL; a string is written as it is."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 def documents(count: int) -> list[dict[str, str]]:
@@ -96,7 +90,10 @@ def test_resume_needs_no_path(bad):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--retriever_name", "bm25"), "retriever_name must be dense, none or package.module:attribute, got 'bm25'"),
+        (
+            ("--retriever_name", "bm25"),
+            "retriever_name must be dense, http, none or package.module:attribute, got 'bm25'",
+        ),
         (("--reward_names", "em", "fromat"), "reward_names: 'fromat' is not one of em, f1,"),
         (("--reward_names", "em", "--reward_weights", "1", "2"), "reward_weights has 2 values for 1 reward_names"),
         (("--reward_names", "no_such_module:reward", "--reward_weights", "1"), "'no_such_module:reward' cannot be"),
@@ -130,13 +127,13 @@ def test_missing_data_folder_says_how_to_get_it(bad, monkeypatch, tmp_path):
 
 def test_bad_json_line(bad, tmp_path):
     rows = [*questions(3), '{"qid": "q3", ']
-    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", *rows))
+    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", rows))
     assert "train.jsonl: 1 bad row: line 4: " in line
 
 
 def test_missing_fields_are_counted(bad, tmp_path):
     rows = [{"qid": f"q{i}", "answers": ["a"]} for i in range(7)]
-    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", *rows))
+    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", rows))
     assert "train.jsonl: 7 bad rows: line 1: " in line
     assert "'question'" in line
     assert "line 5: " in line
@@ -145,30 +142,30 @@ def test_missing_fields_are_counted(bad, tmp_path):
 
 
 def test_corpus_with_a_missing_field(bad, tmp_path):
-    line = bad("--data_corpus", write_lines(tmp_path / "corpus.jsonl", *documents(3), {"doc_id": "d9"}))
+    line = bad("--data_corpus", write_lines(tmp_path / "corpus.jsonl", [*documents(3), {"doc_id": "d9"}]))
     assert "corpus.jsonl: 1 bad row: line 4: " in line
     assert "'text'" in line
 
 
 def test_empty_corpus(bad, tmp_path):
-    assert "corpus.jsonl" in bad("--data_corpus", write_lines(tmp_path / "corpus.jsonl"))
+    assert "corpus.jsonl" in bad("--data_corpus", write_lines(tmp_path / "corpus.jsonl", []))
 
 
 def test_duplicate_doc_ids(bad, tmp_path):
-    line = bad("--data_corpus", write_lines(tmp_path / "corpus.jsonl", *documents(5), documents(3)[2]))
+    line = bad("--data_corpus", write_lines(tmp_path / "corpus.jsonl", [*documents(5), documents(3)[2]]))
     assert "'d2'" in line
 
 
 def test_question_without_answers(bad, tmp_path):
     rows = [*questions(2), {"qid": "q9", "question": "Who?", "answers": []}]
-    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", *rows))
+    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", rows))
     assert "line 3: " in line
     assert "answers" in line
 
 
 def test_question_on_both_sides(bad, tmp_path):
-    both = write_lines(tmp_path / "both.jsonl", *questions(4))
-    other = write_lines(tmp_path / "other.jsonl", {**questions(1)[0], "qid": "x"})
+    both = write_lines(tmp_path / "both.jsonl", questions(4))
+    other = write_lines(tmp_path / "other.jsonl", [{**questions(1)[0], "qid": "x"}])
     assert "1 held-out questions are also in" in bad("--data_train", both, "--data_eval", other)
 
 
@@ -222,9 +219,7 @@ def test_top_k_above_the_corpus(bad, small_index):
 
 
 def test_chroma_server_that_is_down(bad):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     line = bad("--retriever_backend", "chroma", "--retriever_chroma_url", url, code=1)
     assert url in line
 
@@ -250,10 +245,10 @@ def test_folder_that_is_a_file(bad, tmp_path):
 
 
 def test_folder_of_another_run(refused, short, finished_run):
-    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    before = times_of(finished_run)
     line = refused(RECIPE, *short(), "--output_dir", finished_run, "--learning_rate", "0.5", "--beta", "0.1")
     assert "holds another run (learning_rate: 0.001 -> 0.5; beta: 0.0 -> 0.1): give another --output_dir" in line
-    assert before == {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    assert times_of(finished_run) == before
 
 
 def test_a_mistake_does_not_block_the_folder(bad, tmp_path):
@@ -342,6 +337,5 @@ def test_full_disk(run_recipe, short, tmp_path, limit, reached):
 
     again = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
-    assert json.loads((folder / "metrics.json").read_text())["status"] == "complete"
+    assert steps_of(folder) == [1, 2, 3]
+    assert metrics_of(folder)["status"] == "complete"

@@ -11,22 +11,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from rag_rl.reasoning import read_trajectories
 from rag_rl.tiny import FOLDER
+from tests.recipes.loopback import ChatServer
+from tests.recipes.run_folders import read_lines, write_lines
 
 RECIPE = "build_trajectories"
 SCRIPT = Path(__file__).parents[2] / "recipes" / f"{RECIPE}.py"
 FILES = ["dpo.jsonl", "summary.json", "trajectories.jsonl", "trajectories_config.yaml"]
-
-
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def summary_of(folder: Path) -> dict:
@@ -72,15 +68,8 @@ def test_chains_over_one_hop(run_here, tmp_path):
 # ---- a served teacher
 
 
-class QuietServer(ThreadingHTTPServer):
-    """Says nothing of a client that hung up: a run that stops closes its connections."""
-
-    def handle_error(self, request, client_address):
-        pass
-
-
-class Taught:
-    """A chat server on loopback that answers in the grammar, and right at the attempts of its plan.
+class Taught(ChatServer):
+    """A teacher that answers in the grammar, and right at the attempts of its plan.
 
     Each question is asked about once more with every further attempt; ``asked`` notes question, attempt, number of
     earlier steps and temperature. It answers so many requests and refuses all others.
@@ -91,36 +80,14 @@ class Taught:
         self.asked: list[tuple[str, int, int, float]] = []
         self.attempts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        taught = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def reply(self, body: dict) -> tuple[int, str]:
+        text = self.step(body)
+        time.sleep(self.pause)
+        return (403, "gone") if text is None else (200, text)
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                text = taught.reply(body)
-                time.sleep(taught.pause)
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                said = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                payload = json.dumps({"error": {"message": "gone"}} if text is None else said).encode()
-                try:
-                    self.send_response(403 if text is None else 200)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(payload)))
-                    self.end_headers()
-                    self.wfile.write(payload)
-                except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = QuietServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def reply(self, body: dict) -> str | None:
+    def step(self, body: dict) -> str | None:
         asked = body["messages"][-1]["content"].rpartition("The question: ")[2]
         question, steps = asked.splitlines()[0], asked.count("Step ")
         with self._lock:
@@ -141,10 +108,8 @@ PLAN = {f"What is the number {i}": i % 3 + 1 for i in range(6)} | {"What is the 
 
 @pytest.fixture
 def taught() -> Iterator[Taught]:
-    found = Taught(dict(PLAN))
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+    with Taught(dict(PLAN)) as found:
+        yield found
 
 
 @pytest.fixture
@@ -181,7 +146,7 @@ def test_rejection_sampling(run_here, asks, taught, tmp_path):
     assert (found["solved"], found["given_up"], found["chains"]) == (6, 1, 15)
     assert found["attempts"] == {"1": 2, "2": 2, "3": 2}
     # A failed chain and the right one about the same question part at the answer.
-    pairs = [json.loads(line) for line in (tmp_path / "run" / "dpo.jsonl").read_text().splitlines()]
+    pairs = read_lines(tmp_path / "run" / "dpo.jsonl")
     assert len(pairs) == found["dpo_pairs"] == 6
     assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in pairs)
     assert pairs[0]["chosen"][0]["content"].endswith("The final answer: 1")
@@ -287,7 +252,7 @@ def test_settings_that_mean_nothing(refused, tmp_path, flags, expected):
 def test_twowiki(run_here, data_root, tmp_path, monkeypatch):
     """Real questions over a corpus of their own documents, by the tiny encoder: mechanics, not retrieval."""
     monkeypatch.setenv("RAG_RL_DATA", str(data_root))
-    rows = [json.loads(line) for line in (data_root / "twowiki" / "train.jsonl").read_text().splitlines()[:8]]
+    rows = read_lines(data_root / "twowiki" / "train.jsonl")[:8]
     wanted = {doc_id for row in rows for doc_id in row["gold_doc_ids"]}
     lines = (data_root / "twowiki" / "corpus.jsonl").read_text().splitlines()
     corpus = write_lines(tmp_path / "corpus.jsonl", [r for r in map(json.loads, lines) if r["doc_id"] in wanted])

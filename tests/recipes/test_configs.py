@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -20,17 +17,6 @@ YAMLS = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.y*ml"))
 configs = pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.as_posix())
 if not RECIPES:
     pytest.skip("no recipes yet", allow_module_level=True)
-
-
-def load(recipe: Path) -> ModuleType:
-    """Imports a recipe by its path, without running it."""
-    specification = importlib.util.spec_from_file_location(f"recipe_{recipe.stem}", recipe)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # where dataclasses and typing look a class's module up
-    specification.loader.exec_module(module)
-    return module
 
 
 def header_of(path: Path) -> str:
@@ -56,12 +42,12 @@ def test_config_belongs_to_a_recipe(path):
 
 
 @configs
-def test_config_parses(path, monkeypatch):
+def test_config_parses(path, monkeypatch, load_recipe):
     from rag_rl.config import read_arguments
 
     monkeypatch.setenv("RAG_RL_DATA", "data")
     recipe = ROOT / "recipes" / f"{path.parts[0]}.py"
-    arguments = load(recipe).ARGUMENTS
+    arguments = load_recipe(recipe.stem).ARGUMENTS
     argv = ["--config", str(CONFIGS / path)]
     # A config for GPUs asks for bf16. Without a GPU transformers refuses that, unless the CPU is asked for as well.
     if any(field.name == "use_cpu" for owner in arguments for field in dataclasses.fields(owner)):

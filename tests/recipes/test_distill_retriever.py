@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import SGD, difference, metrics_of, names_in, rows_of, steps_of, write_lines
 
 RECIPE = "distill_retriever"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes",
+# It writes its own queries.
+SHORT = {
+    "headroom_samples": None, "per_device_train_batch_size": 4, "group_size": 4, "synthesis_passages": 40,
+    "augmenter_max_new_tokens": 24,
 }  # fmt: skip
 FOUND = {"recall@10", "success@10", "mrr@10", "ndcg@10"}
-
-
-@pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run; ``brief(distill_teacher="none")`` changes some."""
-    return lambda **changes: short(
-        **{
-            "headroom_samples": None,
-            "per_device_train_batch_size": 4,
-            "group_size": 4,
-            "synthesis_passages": 40,
-            "augmenter_max_new_tokens": 24,
-            **changes,
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
-    """The folder of a short, finished run that wrote its queries; plain python, no launcher."""
-    folder = tmp_path_factory.mktemp("distilled") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,51 +25,25 @@ def written(trained_run) -> Path:
     return trained_run / "synthetic"
 
 
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def rows_of(folder: Path, when: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
-
-
-def steps_of(folder: Path) -> list[int]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["step"] for entry in history if "loss" in entry]
-
-
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 # ---- a run and what it leaves
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=20)
     assert set(found["before"]) == set(found["after"]) == set(found["ci95"]) == FOUND
     for name, (low, high) in found["ci95"].items():
         assert low <= found["after"][name] - found["before"][name] <= high
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "modules.json", "model.safetensors", "config.json", "tokenizer.json",
-        "retriever", "synthetic", "prompts",
+def test_run_folder(check_run_folder, trained_run):
+    more = {
+        "modules.json", "model.safetensors", "config.json", "tokenizer.json", "retriever", "synthetic", "prompts",
     }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
-    assert {path.name for path in (trained_run / "prompts").iterdir()} == {"tiny_passage.txt", "tiny_question.txt"}
+    check_run_folder(trained_run, more, portable=("config.json", "modules.json"))
+    assert names_in(trained_run / "prompts") == {"tiny_passage.txt", "tiny_question.txt"}
     assert steps_of(trained_run) == [1, 2, 3]
-    for name in ("README.md", "resolved_config.yaml", "config.json", "modules.json"):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -133,11 +78,8 @@ def test_the_trained_model_loads_by_itself_with_the_scores_that_were_measured(tr
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_here, brief, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    assert run_here(RECIPE, *brief(), "--output_dir", trained_run) == 0
-    assert f"{trained_run} is already finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run)
 
 
 @pytest.mark.smoke
@@ -221,20 +163,14 @@ def test_an_unfinished_run_is_not_overwritten(run_here, refused, brief, tmp_path
 
 
 @pytest.mark.slow
-def test_accelerate_launch_without_arguments(brief, tmp_path):
-    done = subprocess.run([ACCELERATE, "launch", SCRIPT, *brief()], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / f"{RECIPE}-tiny-seed42"
-    assert metrics_of(folder)["status"] == "complete"
+def test_accelerate_launch_without_arguments(check_plain_launch):
+    check_plain_launch()
 
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path, written):
     """With plain gradient descent, which shows a gradient that is off by a factor."""
-    from safetensors.torch import load_file
-
-    same = {"max_steps": 2, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "data_eval_size": 21}
-    same |= {"learning_rate": 0.05, "max_grad_norm": 0.0, "ranking_temperature": 0.1, "data_train": written}
+    same = {**SGD, "max_steps": 2, "data_eval_size": 21, "ranking_temperature": 0.1, "data_train": written}
     alone, both = tmp_path / "alone", tmp_path / "both"
     done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -250,29 +186,13 @@ def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_pa
     for when in ("before", "after"):
         assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-6)
         assert [row["qid"] for row in rows_of(both, when)] == [row["qid"] for row in rows_of(alone, when)]
-    start = load_file(FOLDER / "encoder_young" / "model.safetensors")
-    one, two = load_file(alone / "model.safetensors"), load_file(both / "model.safetensors")
-    moved = max((one[name] - start[name]).abs().max().item() for name in start)
-    apart = max((one[name] - two[name]).abs().max().item() for name in start)
+    moved, apart = difference(FOLDER / "encoder_young", alone), difference(alone, both)
     assert moved > 1e-4
     assert apart < 1e-3 * moved
     assert done.stdout.count("held-out questions; trained") == 1
 
 
 # ---- bad input
-
-
-@pytest.fixture
-def bad(refused, brief, tmp_path) -> Callable[..., str]:
-    """Runs the recipe with flags that it must refuse; gives its one line."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        output = tmp_path / "run"
-        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        return line
-
-    return run
 
 
 def test_an_empty_corpus(bad, tmp_path):

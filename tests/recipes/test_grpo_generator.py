@@ -11,27 +11,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "grpo_generator.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4; "headroom" is there where headroom_samples asks for it.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes",
-}  # fmt: skip
+from tests.recipes.run_folders import KEYS, metrics_of, rows_of, steps_of
+
+RECIPE = "grpo_generator"
+SHORT: dict[str, object] = {}  # nothing beside the settings of `short`, which are made for this recipe
 METRICS = {"em", "f1", "contains_em", "format", "recall@3", "success@3", "mrr@10", "ndcg@10"}
-
-
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def history_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def logged_steps(folder: Path) -> list[int]:
-    return [entry["step"] for entry in history_of(folder) if "loss" in entry]
 
 
 def answer_of(folder: Path) -> dict:
@@ -45,11 +29,8 @@ def answer_of(folder: Path) -> dict:
 
 
 @pytest.mark.smoke
-def test_metrics(finished_run):
-    found = metrics_of(finished_run)
-    assert set(found) == KEYS | {"headroom"}
-    assert (found["recipe"], found["config"], found["seed"]) == ("grpo_generator", "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+def test_metrics(check_metrics, finished_run):
+    found = check_metrics(finished_run, n_eval=20, more={"headroom"})
     assert set(found["before"]) == set(found["after"]) == set(found["ci95"]) == METRICS
     for when in ("before", "after"):
         assert all(0.0 <= value <= 1.0 for value in found[when].values())
@@ -67,23 +48,16 @@ def test_metrics(finished_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(finished_run):
-    names = {path.name for path in finished_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "prompts", "model.safetensors", "config.json", "tokenizer.json",
-    }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
-    assert "adapter_config.json" not in names, "the tiny config saves merged weights"
-    assert logged_steps(finished_run) == [1, 2, 3]
+def test_run_folder(check_run_folder, finished_run):
+    check_run_folder(finished_run, {"prompts", "model.safetensors", "config.json", "tokenizer.json"})
+    assert not (finished_run / "adapter_config.json").exists(), "the tiny config saves merged weights"
+    assert steps_of(finished_run) == [1, 2, 3]
     assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (finished_run / "report.html").read_text()
     assert "<html" in report
     assert 'src="http' not in report
     assert (finished_run / "prompts" / "tiny_answer.txt").is_file()
     assert (finished_run / "README.md").read_text().startswith("---\n")
-    for name in ("README.md", "resolved_config.yaml", "config.json"):
-        assert str(ROOT) not in (finished_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -102,21 +76,17 @@ def test_the_trained_model_loads_by_itself(finished_run):
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(finished_run, run_recipe, short):
-    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
-    done = run_recipe("grpo_generator", *short(), "--output_dir", finished_run)
-    assert done.returncode == 0, done.stderr
-    assert f"{finished_run} is already finished" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, finished_run):
+    check_started_again(finished_run, own_process=True)
 
 
 @pytest.mark.smoke
 def test_unmerged_adapter_answers_and_can_move(run_here, short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = short(max_steps=1, save_merged="false", headroom_samples=0)
-    assert run_here("grpo_generator", *flags, "--output_dir", "run") == 0
+    assert run_here(RECIPE, *flags, "--output_dir", "run") == 0
     folder = tmp_path / "run"
-    assert set(metrics_of(folder)) == KEYS
+    assert set(metrics_of(folder)) == KEYS, "no headroom, which was not asked for"
     assert (folder / "adapter_model.safetensors").is_file()
     assert not (folder / "model.safetensors").exists()
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -129,17 +99,13 @@ def test_unmerged_adapter_answers_and_can_move(run_here, short, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_accelerate_launch_without_arguments(short, tmp_path):
-    done = subprocess.run([ACCELERATE, "launch", RECIPE, *short()], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / "grpo_generator-tiny-seed42"
-    assert metrics_of(folder)["status"] == "complete"
-    assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+def test_accelerate_launch_without_arguments(check_plain_launch):
+    check_plain_launch()
 
 
 @pytest.mark.slow
 def test_chroma(run_recipe, short, tmp_path, finished_run):
-    done = run_recipe("grpo_generator", *short(), "--config", "tiny_chroma", "--output_dir", tmp_path / "run")
+    done = run_recipe(RECIPE, *short(), "--config", "tiny_chroma", "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics_of(tmp_path / "run")["before"] == pytest.approx(metrics_of(finished_run)["before"], abs=0.1)
 
@@ -171,7 +137,7 @@ def test_killed_and_resumed(run_recipe, kill_when, short, tmp_path):
     def happened() -> bool:
         return last_checkpoint(folder) is not None and not last_checkpoint(folder).endswith("-3")
 
-    kill_when(happened, "grpo_generator", *flags, cwd=tmp_path, env=env)
+    kill_when(happened, RECIPE, *flags, cwd=tmp_path, env=env)
     checkpoint = int(Path(last_checkpoint(folder)).name.split("-")[1])
     assert checkpoint in (6, 9), "killed in the middle"
     assert not (folder / "metrics.json").exists()
@@ -179,7 +145,7 @@ def test_killed_and_resumed(run_recipe, kill_when, short, tmp_path):
     seconds = json.loads((folder / "train_seconds.json").read_text())["train_seconds"]
 
     # Without the flag: the flag is named, and nothing is touched.
-    refused = run_recipe("grpo_generator", *flags, env=env, cwd=tmp_path)
+    refused = run_recipe(RECIPE, *flags, env=env, cwd=tmp_path)
     assert refused.returncode == 2
     assert "--resume_from_checkpoint true" in refused.stderr.splitlines()[-1]
     assert "Traceback" not in refused.stderr
@@ -189,11 +155,11 @@ def test_killed_and_resumed(run_recipe, kill_when, short, tmp_path):
     shutil.copytree(last_checkpoint(folder), half)
     (half / "trainer_state.json").unlink()
     noted_before = noted.read_text().split()
-    done = run_recipe("grpo_generator", *flags, "--resume_from_checkpoint", "true", env=env, cwd=tmp_path)
+    done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
 
-    assert logged_steps(folder) == list(range(1, 13))
+    assert steps_of(folder) == list(range(1, 13))
     asked = noted.read_text().split()[len(noted_before) :]
     assert asked == [str(step) for step in range(checkpoint, 12)], "steps that were done must not be done again"
     assert (folder / "before.json").read_bytes() == first, "before is measured once"
@@ -205,29 +171,20 @@ def test_killed_and_resumed(run_recipe, kill_when, short, tmp_path):
 
 
 @pytest.mark.slow
-def test_copy_of_the_recipe_runs_elsewhere(run_recipe, short, tmp_path):
-    mine = tmp_path / "project" / "mine.py"
-    mine.parent.mkdir()
-    shutil.copy(RECIPE, mine)
-    shutil.copy(ROOT / "recipes" / "configs" / "grpo_generator" / "tiny.yaml", tmp_path / "project" / "my.yaml")
-    (tmp_path / "elsewhere").mkdir()
-    done = run_recipe(mine, "--config", "../project/my.yaml", *short(), cwd=tmp_path / "elsewhere")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "elsewhere" / "runs" / "mine-my-seed42")
-    assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+def test_copy_of_the_recipe_runs_elsewhere(check_copy_elsewhere):
+    check_copy_elsewhere()
 
 
 @pytest.mark.slow
 def test_two_processes(launch_recipe, short, tmp_path, finished_run):
     flags = [*short(per_device_train_batch_size=8, headroom_samples=0), "--output_dir", tmp_path / "run"]
-    done = launch_recipe("grpo_generator", *flags, cwd=tmp_path)
+    done = launch_recipe(RECIPE, *flags, cwd=tmp_path)
     found, alone = metrics_of(tmp_path / "run"), metrics_of(finished_run)
     assert found["num_processes"] == 2
     assert found["before"] == pytest.approx(alone["before"], abs=1e-9)
     assert found["n_eval"] == 20
-    rows = [json.loads(line) for line in (tmp_path / "run" / "before.jsonl").read_text().splitlines()]
-    theirs = [json.loads(line) for line in (finished_run / "before.jsonl").read_text().splitlines()]
+    rows, theirs = rows_of(tmp_path / "run", "before"), rows_of(finished_run, "before")
     assert [row["qid"] for row in rows] == [row["qid"] for row in theirs]
-    assert logged_steps(tmp_path / "run") == [1, 2, 3]
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
     # Both processes look for the folder; one of them prints.
     assert done.stdout.count("held-out questions; trained") == 1

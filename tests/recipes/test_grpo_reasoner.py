@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import history_of, metrics_of, rows_of, steps_of, write_lines
 
 RECIPE = "grpo_reasoner"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4; baselines where they are asked for.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes", "baselines", "over_baselines",
+# Four questions x four chains a step.
+SHORT = {
+    "headroom_samples": None, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+    "num_generations": 4, "data_eval_size": 12, "reasoner_max_steps": 3, "max_completion_length": 320,
 }  # fmt: skip
 LOGGED = {
     "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "searches", "steps", "invalid_steps", "format",
@@ -27,53 +21,12 @@ LOGGED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run: 4 questions x 4 chains a step; ``brief(step_reward="outcome_only")`` changes some."""
-    changed = {
-        "headroom_samples": None,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "data_eval_size": 12,
-        "reasoner_max_steps": 3,
-        "max_completion_length": 320,
-    }
-    return lambda **changes: short(**{**changed, **changes})
-
-
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
-    """The folder of a short, finished run."""
-    folder = tmp_path_factory.mktemp("reasoner") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder.parent / "stderr.txt").write_text(done.stderr)
-    return folder
-
-
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def rows_of(folder: Path, when: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
-
-
-def history_of(folder: Path) -> list[dict]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
-
-
 # ---- a run and what it leaves
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 12, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=12, more={"baselines", "over_baselines"})
     assert set(found["before"]) == set(found["after"]) == set(found["ci95"])
     assert set(found["before"]) >= {"em", "f1", "contains_em", "format", "searches", "steps", "recall@3", "all_gold@3"}
     for when in ("before", "after"):
@@ -88,20 +41,13 @@ def test_metrics(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "model.safetensors", "config.json", "tokenizer.json",
-    }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+def test_run_folder(check_run_folder, trained_run):
+    check_run_folder(trained_run, {"model.safetensors", "config.json", "tokenizer.json"})
     history = history_of(trained_run)
     assert [entry["step"] for entry in history] == [1, 2, 3]
     for entry in history:
         assert entry.keys() >= LOGGED
         assert entry["unscored"] == 0.0
-    for name in ("README.md", "resolved_config.yaml", "config.json"):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -132,11 +78,8 @@ def test_the_trained_model_loads_by_itself(trained_run):
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_here, brief, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    assert run_here(RECIPE, *brief(), "--output_dir", trained_run) == 0
-    assert f"{trained_run} is already finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run)
 
 
 @pytest.mark.slow
@@ -168,7 +111,7 @@ def test_a_constant_reward_teaches_nothing(run_here, brief, tmp_path):
 def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
     folder = tmp_path / "run"
     assert kill_and_resume(RECIPE, *brief(max_steps=8, save_steps=2), folder=folder, cwd=tmp_path) < 8
-    assert [entry["step"] for entry in history_of(folder)] == list(range(1, 9))
+    assert steps_of(folder) == list(range(1, 9))
 
 
 @pytest.mark.slow
@@ -178,23 +121,11 @@ def test_two_processes(launch_recipe, brief, tmp_path):
     done = launch_recipe(RECIPE, *flags, "--output_dir", folder, cwd=tmp_path)
     found = metrics_of(folder)
     assert (found["num_processes"], found["n_eval"], found["status"]) == (2, 12, "complete")
-    assert [entry["step"] for entry in history_of(folder)] == [1, 2]
+    assert steps_of(folder) == [1, 2]
     assert "injected tokens of" in done.stderr
 
 
 # ---- bad input: one line, exit code 2 (1 where a backend fails)
-
-
-@pytest.fixture
-def bad(refused, brief, tmp_path):
-    """Runs the recipe on bad input; the output folder must hold no run afterwards that could be taken for one."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        line = refused(RECIPE, *brief(**changes), "--output_dir", tmp_path / "run", *flags, code=code)
-        assert not (tmp_path / "run" / "metrics.json").exists()
-        return line
-
-    return run
 
 
 def test_a_layout_without_sequences(bad):
@@ -224,8 +155,7 @@ def test_a_question_without_answers(bad, tmp_path):
         {"qid": "q1", "question": "Where?", "answers": ["Elmton"]},
         {"qid": "q2", "question": "Who?", "answers": []},
     ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = bad(data_train=tmp_path / "train.jsonl")
+    line = bad(data_train=write_lines(tmp_path / "train.jsonl", rows))
     assert "train.jsonl" in line
     assert "line 2" in line
 

@@ -2,75 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import difference, history_of, metrics_of, rows_of, steps_of, write_lines
 
 RECIPE = "grpo_reranker"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4, and what a reinforced reranker stands against beside its start.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes", "baselines", "over_baselines",
+# With a scripted reader.
+SHORT = {
+    "headroom_samples": None, "per_device_train_batch_size": 4, "num_generations": 4, "reranker_candidates": 8,
+    "start_steps": 3, "reader_name": "scripted", "reader_reward": "f1",
 }  # fmt: skip
 ORDER = {"recall@3", "success@3", "mrr@10", "ndcg@10", "recall@all", "pairwise_accuracy"}
 ANSWER = {"em", "f1", "contains_em"}
 
 
 @pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run with a scripted reader; ``brief(reader_reward="ndcg")`` changes some."""
-    changed = {
-        "headroom_samples": None,
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "reranker_candidates": 8,
-        "start_steps": 3,
-        "reader_name": "scripted",
-        "reader_reward": "f1",
-    }
-    return lambda **changes: short(**{**changed, **changes})
-
-
-@pytest.fixture(scope="module")
 def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
     """The folder of a short, finished run whose reader is a model; plain python, no launcher."""
-    folder = tmp_path_factory.mktemp("reinforced") / "run"
+    folder = tmp_path_factory.mktemp(RECIPE) / "run"
     flags = ["--config", "tiny_reader", *brief(reader_name="decomposition")]
     done = run_recipe(RECIPE, *flags, "--output_dir", folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def rows_of(folder: Path, when: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
-
-
-def history_of(folder: Path) -> list[dict]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
-
-
 # ---- a run and what it leaves
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny_reader", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=20, config="tiny_reader", more={"baselines", "over_baselines"})
     assert set(found["before"]) == set(found["after"]) == ORDER | ANSWER | {"mean_margin"}
     assert set(found["baselines"]["retriever"]) == ORDER | ANSWER
     everyone = (found["before"], found["after"], found["baselines"]["retriever"])
@@ -93,13 +57,9 @@ def test_the_reader_answers_from_what_is_ranked_first(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "baseline_retriever.jsonl", "modules.json", "model.safetensors", "config.json",
-    }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+def test_run_folder(check_run_folder, trained_run):
+    more = {"baseline_retriever.jsonl", "modules.json", "model.safetensors", "config.json"}
+    check_run_folder(trained_run, more)
     history = history_of(trained_run)
     assert [entry["step"] for entry in history] == [1, 2, 3], "the supervised steps are not the run's"
     for entry in history:
@@ -149,9 +109,7 @@ def test_rows_from_files(run_here, brief, tmp_path, trained_run):
         }
         for i in range(12)
     ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--train_file", path, "--valid_size", 4, "--retriever_top_k", 1]
+    flags = ["--train_file", write_lines(tmp_path / "rows.jsonl", rows), "--valid_size", 4, "--retriever_top_k", 1]
     assert run_here(RECIPE, *brief(max_steps=2), *flags, "--output_dir", tmp_path / "run") == 0
     found = metrics_of(tmp_path / "run")
     assert found["n_eval"] == 4
@@ -171,7 +129,7 @@ def test_killed_and_resumed(run_recipe, kill_and_resume, brief, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     # What the supervised steps before them taught is in the checkpoint: they are not taken again.
     assert kill_and_resume(RECIPE, *flags, folder=killed, cwd=tmp_path) < 60
-    assert [entry["step"] for entry in history_of(killed)] == list(range(1, 61))
+    assert steps_of(killed) == list(range(1, 61))
     assert [entry["reward"] for entry in history_of(killed)] == pytest.approx(
         [entry["reward"] for entry in history_of(whole)], abs=1e-6
     )
@@ -183,24 +141,11 @@ def test_killed_and_resumed(run_recipe, kill_and_resume, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path):
-    """With plain gradient descent, which shows a gradient that is off by a factor."""
-    from safetensors.torch import load_file
-
-    same = {"max_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "data_eval_size": 21}
-    same |= {"learning_rate": 0.05, "max_grad_norm": 0.0, "start_steps": 0}
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", alone, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    launch_recipe(RECIPE, *brief(**same, per_device_train_batch_size=4), "--output_dir", both, cwd=tmp_path)
-    assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
+def test_two_processes_do_what_one_does(alone_and_both):
+    alone, both, _ = alone_and_both(8, max_steps=3, data_eval_size=21, start_steps=0)
     for when in ("before", "after"):
         assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-4)
-    one, two = load_file(alone / "model.safetensors"), load_file(both / "model.safetensors")
-    start = load_file(FOLDER / "encoder" / "model.safetensors")
-    body = {name: name.removeprefix("model.") for name in one if name.removeprefix("model.") in start}
-    moved = max((one[name] - start[old]).abs().max().item() for name, old in body.items())
-    apart = max((one[name] - two[name]).abs().max().item() for name in one)
+    moved, apart = difference(FOLDER / "encoder", alone, prefix="model."), difference(alone, both)
     assert moved > 1e-4
     assert apart < 2e-3 * moved
     for ours, theirs in zip(history_of(both), history_of(alone), strict=True):
@@ -212,23 +157,9 @@ def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_pa
 # ---- bad input
 
 
-@pytest.fixture
-def bad(refused, brief, tmp_path) -> Callable[..., str]:
-    """Runs the recipe with flags that it must refuse; gives its one line."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        output = tmp_path / "run"
-        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        return line
-
-    return run
-
-
 def test_rows_without_answers(bad, tmp_path):
     row = {"query_text": "Who?", "positives": [{"doc_id": "p", "text": "Tom."}], "negatives": []}
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({**row, "query_text": f"Who is {i}?"}) + "\n" for i in range(8)))
+    path = write_lines(tmp_path / "rows.jsonl", ({**row, "query_text": f"Who is {i}?"} for i in range(8)))
     line = bad("--train_file", path, "--valid_size", 2)
     assert "no row has accepted answers in its meta ('answers')" in line
 

@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.loopback import ChatServer, free_port
+from tests.recipes.run_folders import difference, history_of, metrics_of, read_lines, rows_of, steps_of, write_lines
 
 RECIPE = "grpo_retriever"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes",
-}  # fmt: skip
+# With the packaged reader.
+SHORT = {"headroom_samples": None}
 METRICS = {"em", "f1", "contains_em", "recall@3", "all_gold@3", "success@3"}
 LOGGED = {"loss", "reward", "reward_std", "success", "entropy", "effective_pool", "frac_reward_zero_std", "unscored"}
 ONE_SEARCH = {"reader_name": "none", "reader_reward": "ndcg"}
-
-
-@pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run; ``brief(reader_name="scripted")`` changes some."""
-    return lambda **changes: short(**{"headroom_samples": None, **changes})
-
-
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
-    """The folder of a short, finished run with the packaged reader."""
-    folder = tmp_path_factory.mktemp("retriever") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def rows_of(folder: Path, when: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
-
-
-def history_of(folder: Path) -> list[dict]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
-
-
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 # ---- a run and what it leaves
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=20)
     assert set(found["before"]) == set(found["after"]) == set(found["ci95"]) == METRICS
     for when in ("before", "after"):
         assert all(0.0 <= value <= 1.0 for value in found[when].values())
@@ -85,14 +39,11 @@ def test_metrics(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "modules.json", "model.safetensors", "config.json", "tokenizer.json",
-        "config_sentence_transformers.json",
+def test_run_folder(check_run_folder, trained_run):
+    more = {
+        "modules.json", "model.safetensors", "config.json", "tokenizer.json", "config_sentence_transformers.json",
     }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+    check_run_folder(trained_run, more, portable=("config.json", "modules.json"))
     history = history_of(trained_run)
     assert [entry["step"] for entry in history] == [1, 2, 3]
     for entry in history:
@@ -102,8 +53,6 @@ def test_run_folder(trained_run):
         assert entry["hops"] == 2.0
         assert 1.0 <= entry["effective_pool"] <= 30.0
     assert "sentence-transformers" in (trained_run / "README.md").read_text()
-    for name in ("README.md", "resolved_config.yaml", "config.json", "modules.json"):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -133,12 +82,8 @@ def test_rows_tell_hop_by_hop(trained_run):
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_recipe, brief):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    done = run_recipe(RECIPE, *brief(), "--output_dir", trained_run)
-    assert done.returncode == 0, done.stderr
-    assert f"{trained_run} is already finished" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run, own_process=True)
 
 
 @pytest.mark.smoke
@@ -172,25 +117,13 @@ def test_a_part_of_the_encoder_is_trained(run_here, brief, tmp_path, what):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_without_arguments(brief, tmp_path):
-    done = subprocess.run([ACCELERATE, "launch", SCRIPT, *brief()], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / f"{RECIPE}-tiny-seed42"
-    assert metrics_of(folder)["status"] == "complete"
-    assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+def test_accelerate_launch_without_arguments(check_plain_launch):
+    check_plain_launch()
 
 
 @pytest.mark.slow
-def test_copy_of_the_recipe_runs_elsewhere(run_recipe, brief, tmp_path):
-    mine = tmp_path / "project" / "mine.py"
-    mine.parent.mkdir()
-    shutil.copy(SCRIPT, mine)
-    shutil.copy(ROOT / "recipes" / "configs" / RECIPE / "tiny.yaml", tmp_path / "project" / "my.yaml")
-    (tmp_path / "elsewhere").mkdir()
-    done = run_recipe(mine, "--config", "../project/my.yaml", *brief(), cwd=tmp_path / "elsewhere")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "elsewhere" / "runs" / "mine-my-seed42")
-    assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+def test_copy_of_the_recipe_runs_elsewhere(check_copy_elsewhere):
+    check_copy_elsewhere()
 
 
 NOTING = '''
@@ -237,7 +170,7 @@ def test_killed_and_resumed(run_recipe, kill_when, brief, tmp_path):
     done = run_recipe(RECIPE, *flags, "--resume_from_checkpoint", "true", env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from {folder / f'checkpoint-{checkpoint}'}" in done.stderr
-    assert [entry["step"] for entry in history_of(folder)] == list(range(1, 13))
+    assert steps_of(folder) == list(range(1, 13))
     again = noted.read_text().splitlines()
     assert len(again) == 16 * (12 - checkpoint), "steps that were done must not be done again"
     # The very same trajectories: same questions, same weights, same noise.
@@ -247,26 +180,14 @@ def test_killed_and_resumed(run_recipe, kill_when, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path):
-    """With plain gradient descent, which shows a gradient that is off by a factor."""
-    from safetensors.torch import load_file
-
-    same = {"max_steps": 5, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "alpha": 0.02}
-    same |= {"learning_rate": 0.05, "max_grad_norm": 0.0, "data_eval_size": 21}
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=16), "--output_dir", alone, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = launch_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", both, cwd=tmp_path)
-    assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
+def test_two_processes_do_what_one_does(alone_and_both):
+    alone, both, printed = alone_and_both(16, max_steps=5, alpha=0.02, data_eval_size=21)
     assert metrics_of(both)["n_eval"] == 21
     for when in ("before", "after"):
         assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-9)
         # Scores are rounded to six places.
         assert [row["qid"] for row in rows_of(both, when)] == [row["qid"] for row in rows_of(alone, when)]
-    start = load_file(FOLDER / "encoder" / "model.safetensors")
-    one, two = load_file(alone / "model.safetensors"), load_file(both / "model.safetensors")
-    moved = max((one[name] - start[name]).abs().max().item() for name in start)
-    apart = max((one[name] - two[name]).abs().max().item() for name in start)
+    moved, apart = difference(FOLDER / "encoder", alone), difference(alone, both)
     assert moved > 1e-3
     assert apart < 1e-3 * moved
     for ours, theirs in zip(history_of(both), history_of(alone), strict=True):
@@ -274,24 +195,16 @@ def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_pa
             assert ours[name] == pytest.approx(theirs[name]), name
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-    assert done.stdout.count("held-out questions; trained") == 1
+    assert printed.count("held-out questions; trained") == 1
 
 
 # ---- bad input: one line, exit code 2 (1 where a backend fails)
 
 
 @pytest.fixture
-def bad(refused, brief, tmp_path):
-    """Runs the recipe on bad input; the output folder must hold no run afterwards that could be taken for one."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        output = tmp_path / "run"
-        settings = brief(**{"reader_name": "scripted", **changes})
-        line = refused(RECIPE, *settings, "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        return line
-
-    return run
+def bad(bad) -> Callable[..., str]:
+    """As everywhere, with the scripted reader where a test names no other."""
+    return lambda *flags, code=2, **changes: bad(*flags, code=code, **{"reader_name": "scripted", **changes})
 
 
 def test_list_longer_than_the_pool(bad):
@@ -322,8 +235,7 @@ def test_empty_corpus(bad, tmp_path):
 
 @pytest.fixture(scope="module")
 def some_questions() -> list[dict]:
-    lines = (FOLDER / "data" / "demo_2hop.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[:20]]
+    return read_lines(FOLDER / "data" / "demo_2hop.jsonl")[:20]
 
 
 def test_questions_that_the_corpus_cannot_answer_are_counted(run_here, brief, tmp_path, caplog, some_questions):
@@ -348,7 +260,7 @@ def test_too_few_questions_for_a_step(bad, tmp_path, some_questions):
 
 
 def test_questions_without_a_decomposition(bad, tmp_path):
-    rows = [json.loads(line) for line in (FOLDER / "data" / "heldout_2hop.jsonl").read_text().splitlines()[:20]]
+    rows = read_lines(FOLDER / "data" / "heldout_2hop.jsonl")[:20]
     for row in rows[5:]:
         del row["decomposition"]
     line = bad("--data_eval", write_lines(tmp_path / "eval.jsonl", rows))
@@ -378,58 +290,26 @@ def test_settings_that_mean_nothing(bad, changes, expected):
 # ---- a reader's endpoint
 
 
-class QuietServer(ThreadingHTTPServer):
-    """Says nothing of a client that hung up: a run that stops closes its connections."""
-
-    def handle_error(self, request, client_address):
-        pass
-
-
-class Served:
-    """A chat server on loopback that answers so many requests and refuses all others."""
-
-    def __init__(self) -> None:
-        self.answers, self.asked = 10**9, 0
-        served = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                served.asked += 1
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": REPLY}}
-                body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                refused = served.asked > served.answers
-                payload = json.dumps({"error": {"message": "gone"}} if refused else body).encode()
-                try:
-                    self.send_response(403 if refused else 200)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(payload)))
-                    self.end_headers()
-                    self.wfile.write(payload)
-                except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = QuietServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-
 # Read by all three prompts of the ReAct reader, and by none as a second hop.
 REPLY = 'SEARCH: Where does it lie?\n{"status": "FOUND", "answer": "Elmton"}\nAnswer: Elmton'
 
 
+class Served(ChatServer):
+    """Answers so many requests with the same text, and refuses all others."""
+
+    def __init__(self) -> None:
+        self.answers, self.asked = 10**9, 0
+        super().__init__()
+
+    def reply(self, body: dict) -> tuple[int, str]:
+        self.asked += 1
+        return (403, "gone") if self.asked > self.answers else (200, REPLY)
+
+
 @pytest.fixture
 def served() -> Iterator[Served]:
-    found = Served()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+    with Served() as found:
+        yield found
 
 
 @pytest.fixture
@@ -450,9 +330,7 @@ def test_a_served_reader_plans_reads_and_answers(run_here, brief, tmp_path, serv
 
 @pytest.mark.usefixtures("_impatient")
 def test_a_dead_reader_stops_the_run_and_is_named(bad):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    url = f"http://127.0.0.1:{free_port()}/v1"
     line = bad(reader_name="react", reader_model="m", reader_base_url=url, code=1)
     assert line.startswith(f"{RECIPE}.py: stopped: {url}: ")
     assert "cannot connect" in line

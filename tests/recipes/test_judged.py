@@ -16,7 +16,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +26,20 @@ from rag_rl.run import last_checkpoint, launch
 from rag_rl.tiny import FOLDER
 from rag_rl.tiny.oracle import OracleJudge
 from rag_rl.types import JudgeCase
+from tests.recipes.loopback import ChatServer, free_port
+from tests.recipes.run_folders import logged, metrics_of, read_lines, rows_of
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "grpo_generator"
 GOLD = {
     row["question"]: tuple(row["answers"])
     for name in ("demo_1hop", "heldout_1hop")
-    for row in map(json.loads, (FOLDER / "data" / f"{name}.jsonl").read_text().splitlines())
+    for row in read_lines(FOLDER / "data" / f"{name}.jsonl")
 }
 
 
-def metrics_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def logged(folder: Path, name: str) -> dict[int, float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry[name] for entry in history if name in entry}
-
-
 def verdicts_in(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+    return read_lines(folder / "verdicts.jsonl")
 
 
 def oracle_on(rows: list[dict[str, Any]]) -> list[float | None]:
@@ -62,7 +54,7 @@ def test_the_oracle_through_the_code_path_of_a_judge(run_recipe, short, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     found = metrics_of(tmp_path / "run")
     assert (found["config"], found["status"]) == ("tiny_judged", "complete")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "before.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "run", "before")
     assert [row["rewards"]["judged"] for row in rows] == oracle_on(rows)
     for when in ("before", "after"):
         assert found[when]["em"] <= found[when]["judge_accuracy"] <= found[when]["contains_em"]
@@ -78,57 +70,31 @@ def test_the_oracle_through_the_code_path_of_a_judge(run_recipe, short, tmp_path
 # ---- an endpoint that does as it is told
 
 
-class Endpoint:
+class Endpoint(ChatServer):
     """Judges by the tiny_judge prompt: 1 where the given answer is the right one; ``answer`` may do something else."""
 
     def __init__(self) -> None:
+        self.usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
         self.asked: list[str] = []
         self.answer: Callable[[int], tuple[int, str] | None] = lambda number: None
-        lock = threading.Lock()
+        self._lock = threading.Lock()
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-                with lock:
-                    endpoint.asked.append(prompt)
-                    number = len(endpoint.asked)
-                gold, given = (re.search(f"{name} answer: ?(.*)", prompt)[1] for name in ("Right", "Given"))
-                status, text = endpoint.answer(number) or (200, json.dumps({"score": int(gold == given)}))
-                body = {"error": {"message": text}}
-                if status == 200:
-                    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-                    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                    body["usage"] = usage
-                payload = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # as many connect at once as the judge asks at once: none is to be refused
-
-        endpoint = self
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+    def reply(self, body: dict[str, Any]) -> tuple[int, str]:
+        prompt = body["messages"][-1]["content"]
+        with self._lock:
+            self.asked.append(prompt)
+            number = len(self.asked)
+        gold, given = (re.search(f"{name} answer: ?(.*)", prompt)[1] for name in ("Right", "Given"))
+        return self.answer(number) or (200, json.dumps({"score": int(gold == given)}))
 
 
 @pytest.fixture
 def endpoint(monkeypatch) -> Iterator[Endpoint]:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    found = Endpoint()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
+    with Endpoint() as found:
+        yield found
 
 
 @pytest.fixture
@@ -163,7 +129,7 @@ def test_a_budget_stops_the_run_which_goes_on_where_it_stopped(run_here, judged,
     whole = tmp_path / "whole"
     assert run_here(RECIPE, *judged(endpoint.address, whole, "--judge_cache", tmp_path / "other", **settings)) == 0
     needed = len(endpoint.asked)
-    before = sum(json.loads(line)["answer"] is not None for line in (whole / "before.jsonl").read_text().splitlines())
+    before = sum(row["answer"] is not None for row in rows_of(whole, "before"))
     endpoint.asked.clear()
     capfd.readouterr()
 
@@ -318,14 +284,6 @@ def transformers_serve(model: str, port: int, folder: Path) -> Iterator[subproce
         finally:
             server.kill()
             server.wait()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

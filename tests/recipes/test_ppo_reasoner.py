@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import history_of, metrics_of, names_in, steps_of
 
 RECIPE = "ppo_reasoner"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4, and what is measured beside the start model.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes", "baselines", "over_baselines",
+SHORT = {
+    "headroom_samples": None, "updates_per_round": 2, "reasoner_max_steps": 3, "per_device_train_batch_size": 8,
 }  # fmt: skip
 METRICS = {"em", "f1", "contains_em", "format", "steps", "searches", "passages", "recall@3", "all_gold@3"}
 LOGGED = {
@@ -26,39 +20,15 @@ LOGGED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def brief(short):
-    """Flags of a short run; ``brief(updates_per_round=1)`` changes some."""
-    own = {"headroom_samples": None, "updates_per_round": 2, "reasoner_max_steps": 3}
-    own |= {"per_device_train_batch_size": 8}
-    return lambda **changes: short(**{**own, **changes})
-
-
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory):
-    """The folder of a short, finished run."""
-    folder = tmp_path_factory.mktemp("ppo") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "collapse" not in done.stderr, "the packaged reader knows the form"
-    return folder
-
-
-def metrics_of(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def history_of(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "reward" in entry]
+def updates_of(folder):
+    """What was logged at each step: a reward, and PPO's own losses."""
+    return history_of(folder, "reward")
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+def test_metrics(check_metrics, trained_run):
+    assert "collapse" not in (trained_run.parent / "stderr.txt").read_text(), "the packaged reader knows the form"
+    found = check_metrics(trained_run, n_eval=20, more={"baselines", "over_baselines"})
     assert set(found["before"]) == set(found["after"]) == METRICS
     assert set(found["baselines"]) == {"one_shot", "no_retrieval"}
     for when in ("before", "after"):
@@ -69,14 +39,10 @@ def test_metrics(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "model.safetensors", "config.json", "tokenizer.json", "baselines.json",
-    }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".pkl"))]
-    history = history_of(trained_run)
+def test_run_folder(check_run_folder, trained_run):
+    more = {"model.safetensors", "config.json", "tokenizer.json", "baselines.json"}
+    check_run_folder(trained_run, more, pickled={"training_args.bin"})
+    history = updates_of(trained_run)
     assert [entry["step"] for entry in history] == [1, 2, 3]
     assert [entry["round"] for entry in history] == [1, 1, 2]
     for entry in history:
@@ -84,8 +50,6 @@ def test_run_folder(trained_run):
         assert entry["val/ratio"] == pytest.approx(1.0, abs=1e-4)
         assert entry["dropped"] == 0
     assert history[0]["rollout/weights"] == history[1]["rollout/weights"] != history[2]["rollout/weights"]
-    for name in ("README.md", "resolved_config.yaml", "config.json"):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -99,12 +63,8 @@ def test_the_trained_model_loads_by_itself(trained_run):
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_recipe, brief):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    done = run_recipe(RECIPE, *brief(), "--output_dir", trained_run)
-    assert done.returncode == 0, done.stderr
-    assert f"{trained_run} is already finished" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run, own_process=True)
 
 
 @pytest.mark.slow
@@ -114,7 +74,7 @@ def test_with_lora_a_judge_and_without_the_outcome(run_here, brief, tmp_path):
         step_reward="paper", outcome_multiplier="none", save_merged="true", reasoner_layout="chat",
     )  # fmt: skip
     assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "run") == 0
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    names = names_in(tmp_path / "run")
     assert "model.safetensors" in names
     assert not [name for name in names if name.startswith("adapter")]
     assert "judge_accuracy" in metrics_of(tmp_path / "run")["after"]
@@ -136,7 +96,7 @@ def test_a_constant_reward_teaches_nothing(run_here, brief, tmp_path):
         assert run_here(RECIPE, *flags, "--seed", seed, "--output_dir", folder) == 0
         found = metrics_of(folder)
         gains.append(found["after"]["em"] - found["before"]["em"])
-        assert {entry["reward"] for entry in history_of(folder)} == {1.0}
+        assert {entry["reward"] for entry in updates_of(folder)} == {1.0}
     assert sum(gains) / 3 <= 0.03
 
 
@@ -144,8 +104,8 @@ def test_a_constant_reward_teaches_nothing(run_here, brief, tmp_path):
 def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
     folder = tmp_path / "run"
     assert kill_and_resume(RECIPE, *brief(max_steps=6, save_steps=2), folder=folder, cwd=tmp_path) in (2, 4)
-    assert [entry["step"] for entry in history_of(folder)] == list(range(1, 7))
-    assert [entry["round"] for entry in history_of(folder)] == [1, 1, 2, 2, 3, 3]
+    assert steps_of(folder, "reward") == list(range(1, 7))
+    assert [entry["round"] for entry in updates_of(folder)] == [1, 1, 2, 2, 3, 3]
     assert metrics_of(folder)["status"] == "complete"
 
 
@@ -159,24 +119,11 @@ def test_two_processes(launch_recipe, brief, tmp_path, peft):
     done = launch_recipe(RECIPE, *flags, *peft, "--output_dir", folder, cwd=tmp_path)
     found = metrics_of(folder)
     assert (found["num_processes"], found["n_eval"]) == (2, 21)
-    assert [entry["step"] for entry in history_of(folder)] == [1, 2, 3]
+    assert steps_of(folder, "reward") == [1, 2, 3]
     assert done.stdout.count("held-out questions; trained") == 1
 
 
 # ---- bad input: one line, exit code 2
-
-
-@pytest.fixture
-def bad(refused, brief, tmp_path):
-    """Runs the recipe on bad input; the output folder must hold no run afterwards that could be taken for one."""
-
-    def run(*flags, code=2, **changes):
-        output = tmp_path / "run"
-        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        return line
-
-    return run
 
 
 def test_a_reward_that_needs_a_judge(bad):
@@ -210,8 +157,6 @@ def test_a_question_that_does_not_fit(bad):
 
 
 def test_an_adapter_as_the_start(bad, tmp_path):
-    import shutil
-
     start = tmp_path / "adapter"
     shutil.copytree(FOLDER / "reader", start)
     (start / "adapter_config.json").write_text("{}")

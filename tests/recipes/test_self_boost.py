@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import SGD, difference, manifest_of, metrics_of, rows_of, steps_of, write_lines
 
 RECIPE = "self_boost"
-ROOT = Path(__file__).parents[2]
-# DESIGN section 4, what it is compared with, and the rounds.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes", "baselines", "over_baselines", "evaluated_on", "rounds",
-}  # fmt: skip
 FOUND = {"recall@10", "success@10", "mrr@10", "ndcg@10"}
 STEPS = ("round_1/queries", "round_1/augmenter", "round_1/retriever")
 SHORT = {
@@ -28,42 +22,10 @@ SHORT = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run; ``brief(gate="false")`` changes some."""
-    return lambda **changes: short(**{**SHORT, **changes})
-
-
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
-    """The folder of a short, finished run; plain python, no launcher."""
-    folder = tmp_path_factory.mktemp("boosted") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
 @pytest.fixture
 def copied(trained_run, tmp_path) -> Path:
-    """A copy of it that may be changed."""
+    """A copy of the finished run that may be changed."""
     return shutil.copytree(trained_run, tmp_path / "run")
-
-
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def manifest_of(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def rows_of(folder: Path, when: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
-
-
-def steps_of(folder: Path) -> list[int]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["step"] for entry in history if "loss" in entry]
 
 
 def results_of(folder: Path) -> dict[str, int]:
@@ -78,11 +40,8 @@ def results_of(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 11, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=11, more={"baselines", "over_baselines", "evaluated_on", "rounds"})
     assert set(found["before"]) == set(found["after"]) == {*FOUND, "augmentation_words"}
     assert set(found["baselines"]) == {"no_augmentation", "kept_retriever_alone"}
     assert set(found["baselines"]["kept_retriever_alone"]) == FOUND
@@ -103,12 +62,9 @@ def test_metrics(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "baseline_no_augmentation.jsonl", "round_1", "augmenter", "retriever",
-    }  # fmt: skip
+def test_run_folder(check_run_folder, trained_run):
+    more = {"baseline_no_augmentation.jsonl", "round_1", "augmenter", "retriever"}
+    check_run_folder(trained_run, more, portable=[f"{step}/manifest.json" for step in STEPS])
     assert {path.name for path in (trained_run / "round_1").iterdir()} == {"queries", "augmenter", "retriever"}
     for part, recipe in (("augmenter", "dpo_augmenter"), ("retriever", "distill_retriever")):
         step = trained_run / "round_1" / part
@@ -116,8 +72,6 @@ def test_run_folder(trained_run):
     report = (trained_run / "report.html").read_text()
     assert "Rounds" in report
     assert "round_1/retriever/report.html" in report
-    for name in ("README.md", "resolved_config.yaml", *(f"{step}/manifest.json" for step in STEPS)):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -146,11 +100,8 @@ def test_the_kept_pair_is_an_assembly_that_finds_what_was_measured(trained_run):
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_here, brief, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    assert run_here(RECIPE, *brief(), "--output_dir", trained_run) == 0
-    assert f"{trained_run} is already finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run)
 
 
 # ---- a changed setting
@@ -216,16 +167,8 @@ def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_pa
 
     Nothing is kept, so that both teach and learn from the same: what a trained augmenter writes may differ by a word.
     """
-    from safetensors.torch import load_file
-
-    same = {
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "max_grad_norm": 0.0,
-        "gate_min_gain": 2.0,
-    }
-    same |= {"learning_rate": 0.05, "distill_learning_rate": 0.05, "max_steps": 2, "distill_max_steps": 2}
+    same = {**SGD, "distill_learning_rate": 0.05, "gate_min_gain": 2.0}
+    same |= {"max_steps": 2, "distill_max_steps": 2}
     alone, both = tmp_path / "alone", tmp_path / "both"
     batches = {"per_device_train_batch_size": 6, "distill_per_device_train_batch_size": 8}  # of 15 pairs
     done = run_recipe(RECIPE, *brief(**same, **batches), "--output_dir", alone, cwd=tmp_path)
@@ -247,10 +190,8 @@ def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_pa
             one, two = (rows_of(step, when) for step in steps)
             assert [row["qid"] for row in two] == [row["qid"] for row in one]
             assert metrics_of(steps[1])[when] == pytest.approx(metrics_of(steps[0])[when], abs=1e-6)
-        start = load_file(FOLDER / {"augmenter": "reader", "retriever": "encoder_young"}[part] / "model.safetensors")
-        one, two = (load_file(step / "model.safetensors") for step in steps)
-        moved = max((one[name] - start[name]).abs().max().item() for name in start)
-        apart = max((one[name] - two[name]).abs().max().item() for name in start)
+        start = FOLDER / {"augmenter": "reader", "retriever": "encoder_young"}[part]
+        moved, apart = difference(start, steps[0]), difference(*steps)
         assert moved > 1e-5
         assert apart < 1e-2 * moved
     for when in ("before", "after"):
@@ -304,19 +245,6 @@ def test_killed_at_every_stage_and_resumed(run_recipe, kill_when, brief, tmp_pat
 # ---- bad input
 
 
-@pytest.fixture
-def bad(refused, brief, tmp_path) -> Callable[..., str]:
-    """Runs the recipe with flags that it must refuse; gives its one line."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        output = tmp_path / "run"
-        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        return line
-
-    return run
-
-
 def test_an_empty_corpus(bad, tmp_path):
     (tmp_path / "corpus.jsonl").write_text("")
     assert "corpus" in bad("--data_corpus", tmp_path / "corpus.jsonl")
@@ -325,9 +253,9 @@ def test_an_empty_corpus(bad, tmp_path):
 def test_a_corpus_that_repeats_itself(bad, tmp_path):
     texts = ("Kelsabert is by craft a painter.", "Jorobert works as a sailor.")
     rows = [{"doc_id": str(number), "text": texts[number % 2]} for number in range(20)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = write_lines(tmp_path / "corpus.jsonl", rows)
     line = bad(
-        "--data_corpus", tmp_path / "corpus.jsonl", "--data_eval", "null", "--with_answers", "false",
+        "--data_corpus", corpus, "--data_eval", "null", "--with_answers", "false",
         "--synthesis_check", "none", gate_share=0.001,
     )  # fmt: skip
     assert "round 1: of 2 queries gate_share 0.001 holds out 0, and 2 are left to learn from" in line

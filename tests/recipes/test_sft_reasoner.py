@@ -5,34 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rag_rl.reasoning import parse_step, read_trajectories
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import difference, history_of, metrics_of, read_lines, steps_of, write_lines
 
 RECIPE = "sft_reasoner"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes",
+# It makes its own chains.
+SHORT = {
+    "headroom_samples": None, "per_device_train_batch_size": 4, "data_train_size": 12, "data_eval_size": 12,
+    "reasoner_baselines": "[]",
 }  # fmt: skip
 METRICS = {"em", "f1", "contains_em", "format", "steps", "searches", "passages", "recall@3", "all_gold@3"}
-
-
-@pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run; ``brief(reasoner_layout="chat")`` changes some."""
-    fixed = {"headroom_samples": None, "per_device_train_batch_size": 4, "data_train_size": 12, "data_eval_size": 12}
-    return lambda **changes: short(**{**fixed, "reasoner_baselines": "[]", **changes})
 
 
 @pytest.fixture(scope="module")
@@ -54,38 +41,12 @@ def chains(tmp_path_factory) -> Path:
     return folder / "trajectories.jsonl"
 
 
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
-    """The folder of a short, finished run that made its own chains."""
-    folder = tmp_path_factory.mktemp("sft") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def history_of(folder: Path) -> list[dict]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
-
-
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 # ---- a run and what it leaves
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 12, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=12)
     assert set(found["before"]) == set(found["after"]) == METRICS
     for when in ("before", "after"):
         assert all(0.0 <= found[when][name] <= 1.0 for name in ("em", "f1", "format", "recall@3"))
@@ -94,24 +55,18 @@ def test_metrics(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "trajectories.jsonl", "trajectories_config.yaml", "model.safetensors",
-        "config.json", "tokenizer.json",
+def test_run_folder(check_run_folder, trained_run):
+    more = {
+        "trajectories.jsonl", "trajectories_config.yaml", "model.safetensors", "config.json", "tokenizer.json",
     }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+    check_run_folder(trained_run, more, portable=("config.json", "trajectories_config.yaml"))
     chains = read_trajectories(trained_run / "trajectories.jsonl")
     assert len(chains) == 12
-    history = history_of(trained_run)
-    assert [entry["step"] for entry in history] == [1, 2, 3]
+    assert steps_of(trained_run) == [1, 2, 3]
     # ppo_reasoner looks here for how long its start was taught: 3 steps of 4 examples, one example a step of a chain.
     examples = sum(len(chain.steps) for chain in chains if chain.state == "correct")
     state = json.loads((trained_run / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(12 / examples, abs=0.02)
-    for name in ("README.md", "resolved_config.yaml", "config.json", "trajectories_config.yaml"):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -126,12 +81,8 @@ def test_the_trained_model_loads_by_itself(trained_run):
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_recipe, brief):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    done = run_recipe(RECIPE, *brief(), "--output_dir", trained_run)
-    assert done.returncode == 0, done.stderr
-    assert f"{trained_run} is already finished" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run, own_process=True)
 
 
 # ---- what is learnt, and by which weights
@@ -191,8 +142,7 @@ def test_a_base_model_in_full_with_validation(run_here, brief, tmp_path, chains,
     assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "run") == 0
     assert watched[0]["told"][0].startswith("Step ")
     assert len(watched[0]["trained"]) == len(watched[0]["grads"]) > 30
-    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2]
+    assert steps_of(tmp_path / "run", "eval_loss") == [2]
 
 
 def test_half_precision_is_loaded_as_asked(run_here, brief, tmp_path, chains, monkeypatch):
@@ -224,26 +174,13 @@ def test_what_does_not_fit_is_told(run_here, brief, tmp_path, chains, caplog):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_without_arguments(brief, tmp_path):
-    done = subprocess.run([ACCELERATE, "launch", SCRIPT, *brief()], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs" / f"{RECIPE}-tiny-seed42"
-    assert metrics_of(folder)["status"] == "complete"
-    assert f"report  {folder.relative_to(tmp_path) / 'report.html'}" in done.stdout
+def test_accelerate_launch_without_arguments(check_plain_launch):
+    check_plain_launch()
 
 
 @pytest.mark.slow
-def test_copy_of_the_recipe_runs_elsewhere(run_recipe, brief, chains, tmp_path):
-    mine = tmp_path / "project" / "mine.py"
-    mine.parent.mkdir()
-    shutil.copy(SCRIPT, mine)
-    shutil.copy(ROOT / "recipes" / "configs" / RECIPE / "tiny.yaml", tmp_path / "project" / "my.yaml")
-    (tmp_path / "elsewhere").mkdir()
-    flags = [*brief(max_steps=1), "--coldstart_path", chains]
-    done = run_recipe(mine, "--config", "../project/my.yaml", *flags, cwd=tmp_path / "elsewhere")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = metrics_of(tmp_path / "elsewhere" / "runs" / "mine-my-seed42")
-    assert (found["recipe"], found["config"], found["status"]) == ("mine", "my", "complete")
+def test_copy_of_the_recipe_runs_elsewhere(check_copy_elsewhere, chains):
+    check_copy_elsewhere("--coldstart_path", chains, max_steps=1)
 
 
 @pytest.mark.slow
@@ -252,15 +189,13 @@ def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
     flags = brief(max_steps=30, save_steps=3)
     once = ("before.json", "trajectories.jsonl")
     assert kill_and_resume(RECIPE, *flags, folder=folder, cwd=tmp_path, once=once) < 30
-    assert [entry["step"] for entry in history_of(folder)] == list(range(1, 31))
+    assert steps_of(folder) == list(range(1, 31))
     assert metrics_of(folder)["status"] == "complete"
 
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(run_here, launch_recipe, brief, tmp_path):
     """Five steps of 16 examples, in one process or 8 in each of two: the same examples, the same losses."""
-    from safetensors.torch import load_file
-
     same = {"max_steps": 5, "data_train_size": 40, "data_eval_size": 11, "learning_rate": 1e-3}
     alone, both = tmp_path / "alone", tmp_path / "both"
     assert run_here(RECIPE, *brief(**same, per_device_train_batch_size=16), "--output_dir", alone) == 0
@@ -274,8 +209,7 @@ def test_two_processes_do_what_one_does(run_here, launch_recipe, brief, tmp_path
     assert [entry["step"] for entry in ours] == [1, 2, 3, 4, 5]
     assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs], abs=1e-4)
     assert [entry["grad_norm"] for entry in ours] == pytest.approx([entry["grad_norm"] for entry in theirs], rel=1e-2)
-    start, end = load_file(FOLDER / "reader" / "model.safetensors"), load_file(both / "model.safetensors")
-    assert max((end[name] - start[name]).abs().max().item() for name in start) > 1e-3, "the weights moved"
+    assert difference(FOLDER / "reader", both) > 1e-3, "the weights moved"
     assert metrics_of(both)["before"] == pytest.approx(metrics_of(alone)["before"], abs=1e-9)
     assert done.stdout.count("held-out questions; trained") == 1
 
@@ -283,46 +217,32 @@ def test_two_processes_do_what_one_does(run_here, launch_recipe, brief, tmp_path
 # ---- bad input: one line, exit code 2
 
 
-@pytest.fixture
-def bad(refused, brief, tmp_path):
-    """Runs the recipe on bad input; the output folder must hold no run afterwards that could be taken for one."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        output = tmp_path / "run"
-        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        assert not (output / "before.json").exists()
-        return line
-
-    return run
-
-
-def test_a_file_with_broken_steps(bad, chains, tmp_path):
-    rows = [json.loads(line) for line in chains.read_text().splitlines()[:3]]
+def test_a_file_with_broken_steps(bad_at_once, chains, tmp_path):
+    rows = read_lines(chains)[:3]
     del rows[1]["steps"][1]["analysis"]
     rows[2]["steps"][0]["query"] = "One? Two?"
-    line = bad("--coldstart_path", write_lines(tmp_path / "broken.jsonl", rows))
+    line = bad_at_once("--coldstart_path", write_lines(tmp_path / "broken.jsonl", rows))
     assert "broken.jsonl: 2 bad rows: line 2: step 2: field 'analysis' is missing; line 3: step 1: the query" in line
 
 
-def test_a_file_that_is_not_there(bad, tmp_path):
-    line = bad("--coldstart_path", tmp_path / "nowhere.jsonl")
+def test_a_file_that_is_not_there(bad_at_once, tmp_path):
+    line = bad_at_once("--coldstart_path", tmp_path / "nowhere.jsonl")
     assert "nowhere.jsonl: no such file; recipes/build_trajectories.py makes one" in line
 
 
-def test_chains_about_held_out_questions(bad, chains, tmp_path):
-    rows = [json.loads(line) for line in (FOLDER / "data" / "demo_2hop.jsonl").read_text().splitlines()]
-    first = json.loads(chains.read_text().splitlines()[0])["qid"]
+def test_chains_about_held_out_questions(bad_at_once, chains, tmp_path):
+    rows = read_lines(FOLDER / "data" / "demo_2hop.jsonl")
+    first = read_lines(chains)[0]["qid"]
     held_out = write_lines(tmp_path / "eval.jsonl", [row for row in rows if row["qid"] == first])
     train = write_lines(tmp_path / "train.jsonl", [row for row in rows if row["qid"] != first])
-    line = bad("--coldstart_path", chains, "--data_eval", held_out, "--data_train", train)
+    line = bad_at_once("--coldstart_path", chains, "--data_eval", held_out, "--data_train", train)
     assert f"1 held-out questions have chains to learn from: {first}" in line
 
 
-def test_a_question_without_answers(bad, tmp_path):
-    rows = [json.loads(line) for line in (FOLDER / "data" / "demo_2hop.jsonl").read_text().splitlines()[:4]]
+def test_a_question_without_answers(bad_at_once, tmp_path):
+    rows = read_lines(FOLDER / "data" / "demo_2hop.jsonl")[:4]
     rows[2]["answers"] = []
-    line = bad("--data_train", write_lines(tmp_path / "train.jsonl", rows))
+    line = bad_at_once("--data_train", write_lines(tmp_path / "train.jsonl", rows))
     assert "train.jsonl: 1 bad row: line 3: " in line
 
 
@@ -339,17 +259,17 @@ def test_a_question_without_answers(bad, tmp_path):
         ({"teacher_name": "oracel"}, "teacher_name must be oracle, local, openai"),
     ],
 )
-def test_settings_that_mean_nothing(bad, changes, expected):
-    assert expected in bad(**changes)
+def test_settings_that_mean_nothing(bad_at_once, changes, expected):
+    assert expected in bad_at_once(**changes)
 
 
-def test_a_run_that_was_stopped_while_its_teacher_wrote(run_here, bad, brief, tmp_path):
+def test_a_run_that_was_stopped_while_its_teacher_wrote(run_here, bad_at_once, brief, tmp_path):
     """Its chains stay; with another teacher they are not mixed."""
-    line = bad("--coldstart_states", "incorrect", data_train_size=4)
+    line = bad_at_once("--coldstart_states", "incorrect", data_train_size=4)
     assert "chains ended in incorrect" in line
     left = (tmp_path / "run" / "trajectories.jsonl").read_bytes()
     assert len(left.splitlines()) == 4
-    line = bad("--teacher_max_steps", 2, data_train_size=4)
+    line = bad_at_once("--teacher_max_steps", 2, data_train_size=4)
     assert "holds chains that came about otherwise (teacher_max_steps: 5 -> 2): give another --output_dir" in line
     assert run_here(RECIPE, *brief(max_steps=1), "--output_dir", tmp_path / "run") == 0
     assert os.path.getsize(tmp_path / "run" / "trajectories.jsonl") > len(left)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib import util
 from pathlib import Path
 
 import pytest
 
 from rag_rl.config.trackers import TRACKERS
+from tests.recipes.run_folders import logged
 
 SMALL = {"data_eval_size": 4, "data_train_size": 32, "max_steps": 2, "save_steps": 2, "logging_steps": 1}
 # Of each recipe: what makes it short, and tags that TensorBoard must have.
@@ -47,11 +47,9 @@ def test_tensorboard_gets_what_is_logged(recipe, run_here, tmp_path, monkeypatch
     found = EventAccumulator(str(events.parent))
     found.Reload()
     assert {f"train/{tag}" for tag in tags} <= set(found.Tags()["scalars"])
-    log = json.loads(Path("out", "trainer_state.json").read_text())["log_history"]
     for tag in tags:
-        logged = {row["step"]: row[tag] for row in log if tag in row}
         told = {event.step: event.value for event in found.Scalars(f"train/{tag}")}
-        assert told == pytest.approx(logged, rel=1e-5, abs=1e-7)
+        assert told == pytest.approx(logged(Path("out"), tag), rel=1e-5, abs=1e-7)
         assert len(told) == 2, "one a step"
 
 
@@ -60,8 +58,7 @@ def test_without_a_tracker_the_run_folder_is_enough(run_here, tmp_path):
     changes, tags = RECIPES["sft_reasoner"]
     assert run_here("sft_reasoner", *flags_of({**SMALL, **changes, "output_dir": tmp_path / "out"})) == 0
     assert not (tmp_path / "out" / "runs").exists()
-    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    assert all(any(tag in row for row in log) for tag in tags)
+    assert all(logged(tmp_path / "out", tag) for tag in tags)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 0
 
 

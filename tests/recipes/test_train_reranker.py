@@ -2,59 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import difference, history_of, metrics_of, rows_of, steps_of, write_lines
 
 RECIPE = "train_reranker"
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / f"{RECIPE}.py"
-ACCELERATE = str(Path(sys.executable).parent / "accelerate")
-# DESIGN section 4.
-KEYS = {
-    "recipe", "config", "seed", "status", "before", "after", "n_eval", "num_processes", "ci95", "train_seconds",
-    "eval_seconds", "peak_memory_bytes",
-}  # fmt: skip
+SHORT = {"headroom_samples": None, "per_device_train_batch_size": 4, "reranker_candidates": 8}
 ORDER = {"recall@3", "success@3", "mrr@10", "ndcg@10", "recall@all", "pairwise_accuracy"}
-
-
-@pytest.fixture(scope="module")
-def brief(short) -> Callable[..., list[str]]:
-    """Flags of a short run; ``brief(loss_type="ranknet")`` changes some."""
-    return lambda **changes: short(
-        **{"headroom_samples": None, "per_device_train_batch_size": 4, "reranker_candidates": 8, **changes}
-    )
-
-
-@pytest.fixture(scope="module")
-def trained_run(run_recipe, brief, tmp_path_factory) -> Path:
-    """The folder of a short, finished run that mined its rows; plain python, no launcher."""
-    folder = tmp_path_factory.mktemp("reranker") / "run"
-    done = run_recipe(RECIPE, *brief(), "--output_dir", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def metrics_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def rows_of(folder: Path, when: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{when}.jsonl").read_text().splitlines()]
-
-
-def losses_of(folder: Path) -> list[dict]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
-
-
-def steps_of(folder: Path) -> list[int]:
-    return [entry["step"] for entry in losses_of(folder)]
 
 
 def pair_rows(count: int, first: int = 0) -> list[dict]:
@@ -71,20 +26,12 @@ def pair_rows(count: int, first: int = 0) -> list[dict]:
     ]
 
 
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 # ---- a run and what it leaves
 
 
 @pytest.mark.smoke
-def test_metrics(trained_run):
-    found = metrics_of(trained_run)
-    assert set(found) == KEYS
-    assert (found["recipe"], found["config"], found["seed"]) == (RECIPE, "tiny", 42)
-    assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", 20, 1)
+def test_metrics(check_metrics, trained_run):
+    found = check_metrics(trained_run, n_eval=20)
     assert set(found["before"]) == set(found["ci95"]) == ORDER
     assert set(found["after"]) == ORDER | {"mean_margin"}
     assert all(0.0 <= value <= 1.0 for value in found["before"].values())
@@ -110,16 +57,10 @@ def test_before_is_the_retrievers_order(trained_run):
 
 
 @pytest.mark.smoke
-def test_run_folder(trained_run):
-    names = {path.name for path in trained_run.iterdir()}
-    assert names >= {
-        "README.md", "resolved_config.yaml", "trainer_state.json", "curves.png", "report.html", "metrics.json",
-        "before.jsonl", "after.jsonl", "modules.json", "model.safetensors", "config.json", "tokenizer.json",
-    }  # fmt: skip
-    assert not [name for name in names if name.endswith((".part", ".tmp", ".bin", ".pt", ".pkl"))]
+def test_run_folder(check_run_folder, trained_run):
+    more = {"modules.json", "model.safetensors", "config.json", "tokenizer.json"}
+    check_run_folder(trained_run, more, portable=("config.json", "modules.json"))
     assert steps_of(trained_run) == [1, 2, 3]
-    for name in ("README.md", "resolved_config.yaml", "config.json", "modules.json"):
-        assert str(ROOT) not in (trained_run / name).read_text(), f"{name} names a path of this machine"
 
 
 @pytest.mark.smoke
@@ -135,11 +76,8 @@ def test_the_trained_model_loads_by_itself_with_the_scores_that_were_measured(tr
 
 
 @pytest.mark.smoke
-def test_started_again_it_says_so_and_does_nothing(trained_run, run_here, brief, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")}
-    assert run_here(RECIPE, *brief(), "--output_dir", trained_run) == 0
-    assert f"{trained_run} is already finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in trained_run.rglob("*")} == before
+def test_started_again_it_says_so_and_does_nothing(check_started_again, trained_run):
+    check_started_again(trained_run)
 
 
 @pytest.mark.smoke
@@ -203,30 +141,16 @@ def test_a_generator_reads_what_a_finished_run_ranks_first(trained_run, finished
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path):
-    """With plain gradient descent, which shows a gradient that is off by a factor."""
-    from safetensors.torch import load_file
-
-    same = {"max_steps": 5, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "data_eval_size": 21}
-    same |= {"learning_rate": 0.05, "max_grad_norm": 0.0, "data_train_size": 120}
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    done = run_recipe(RECIPE, *brief(**same, per_device_train_batch_size=16), "--output_dir", alone, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    launch_recipe(RECIPE, *brief(**same, per_device_train_batch_size=8), "--output_dir", both, cwd=tmp_path)
-    assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
+def test_two_processes_do_what_one_does(alone_and_both):
+    alone, both, _ = alone_and_both(16, max_steps=5, data_eval_size=21, data_train_size=120)
     assert metrics_of(both)["n_eval"] == 21
     assert metrics_of(both)["before"] == metrics_of(alone)["before"]
     assert metrics_of(both)["after"] == pytest.approx(metrics_of(alone)["after"], abs=1e-4)
-    one, two = load_file(alone / "model.safetensors"), load_file(both / "model.safetensors")
-    start = load_file(FOLDER / "encoder" / "model.safetensors")
-    body = {name: name.removeprefix("model.") for name in one if name.removeprefix("model.") in start}
-    assert len(body) > 10
-    moved = max((one[name] - start[old]).abs().max().item() for name, old in body.items())
-    apart = max((one[name] - two[name]).abs().max().item() for name in one)
+    moved, apart = difference(FOLDER / "encoder", alone, prefix="model."), difference(alone, both)
     assert moved > 1e-3
     assert apart < 1e-3 * moved
     # The same queries in the same steps: the loss of a step is the mean over both processes.
-    for ours, theirs in zip(losses_of(both), losses_of(alone), strict=True):
+    for ours, theirs in zip(history_of(both), history_of(alone), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
@@ -247,19 +171,6 @@ def test_killed_and_resumed(run_recipe, kill_and_resume, brief, tmp_path):
 
 
 # ---- bad input
-
-
-@pytest.fixture
-def bad(refused, brief, tmp_path) -> Callable[..., str]:
-    """Runs the recipe with flags that it must refuse; gives its one line."""
-
-    def run(*flags: object, code: int = 2, **changes: object) -> str:
-        output = tmp_path / "run"
-        line = refused(RECIPE, *brief(**changes), "--output_dir", output, *flags, code=code)
-        assert not (output / "metrics.json").exists()
-        return line
-
-    return run
 
 
 def test_bad_rows_are_named(bad, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import sqlite3
@@ -251,6 +252,38 @@ def test_two_builders_at_once(tmp_path, passages, encoder):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(int(p.communicate(timeout=60)[0]) for p in both) == [0, 2000]
     assert [p.returncode for p in both] == [0, 0]
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOTSUP", "ENOLCK"])
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_file_system_without_locks(tmp_path, passages, encoder, stub, monkeypatch, caplog, code, busy):
+    """Lustre without -o flock, NFS without its lock service: at the first call, or when it comes to waiting."""
+
+    def refuse(handle, how):
+        if busy and how & fcntl.LOCK_NB:
+            raise BlockingIOError(errno.EAGAIN, "held")
+        number = getattr(errno, code)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    build_quiet(passages, encoder, tmp_path)
+    (line,) = [record.message for record in caplog.records if "no lock" in record.message]
+    assert line.startswith(f"{tmp_path}: no lock on this file system (")
+    assert line.endswith("): build the index once before several runs start")
+    caplog.clear()
+    build_quiet(passages, stub(), tmp_path)
+    assert "no lock" not in caplog.text, "a finished index needs none"
+    assert len(open_index(tmp_path, stub())) == len(passages)
+
+
+def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, passages, encoder, monkeypatch):
+    def fail(handle, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(BackendError, match=r"cannot lock the index .*: Input/output error"):
+        build_quiet(passages, encoder, tmp_path)
+    assert encoder.documents == []
 
 
 # -------------------------------------------------------------------------------------------------- failing disks

@@ -96,6 +96,7 @@ CANNOT_TELL = {
         "cite nothing": "a short line",
     },
 }
+# A learned reward (reward_model, a judge) can promise none of this; its docstring asks for an exact one beside it.
 REWARDS = {
     "em": em(without_citations=True),
     "f1": f1(without_citations=True),

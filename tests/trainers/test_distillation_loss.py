@@ -87,7 +87,7 @@ def test_without_augmentations_it_is_the_ranking_alone():
     assert found.total.item() == distillation_loss(queries, passages, texts, **OPTIONS).ranking.item()
 
 
-def test_only_the_order_of_the_teacher_counts():
+def test_another_order_is_another_loss():
     queries, passages, _ = draw(2, 3, 4)
     better = distillation_loss(queries, passages[:, [0, 1, 2]], **OPTIONS).ranking
     assert distillation_loss(queries, passages[:, [2, 1, 0]], **OPTIONS).ranking.item() != better.item()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from rag_rl.data import PairRow, PairSampler
 from rag_rl.errors import ConfigError, RagRLError
 from rag_rl.tiny import FOLDER
+from rag_rl.trainers import reranker_trainer
 from rag_rl.trainers.cross_encoder_adapters import add_lora, load_cross_encoder
 from rag_rl.trainers.reranker_config import RerankerConfig
 from rag_rl.trainers.reranker_trainer import ListEvaluator, RerankerTrainer, ranking_scores, score_lists
@@ -193,20 +192,26 @@ def test_nothing_to_rank():
         ListEvaluator(LISTS[2:])
 
 
-def test_validation_is_the_same_in_every_epoch(tmp_path):
-    seen = []
+def test_validation_is_the_same_in_every_epoch_and_after_resume(tmp_path, monkeypatch):
+    asked = []
 
-    class Seen(ListEvaluator):
-        def __call__(self, model, *args, **kwargs):
-            seen.append(json.dumps(self.lists))
-            return super().__call__(model, *args, **kwargs)
+    def noted(model, lists, **options):
+        asked.append([(query, list(texts)) for query, texts in lists])
+        return score_lists(model, lists, **options)
 
-    trainer = trainer_of(
-        tmp_path, evaluator=Seen(LISTS), eval_strategy="steps", eval_steps=2, save_strategy="no", max_steps=4
+    monkeypatch.setattr(reranker_trainer, "score_lists", noted)
+    often = {"eval_strategy": "steps", "eval_steps": 1}
+    whole = trainer_of(tmp_path / "whole", evaluator=ListEvaluator(LISTS), **often)
+    whole.train()
+    resumed = trainer_of(tmp_path / "resumed", evaluator=ListEvaluator(LISTS), **often)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    # Five steps in three epochs, and two more after the resume; a list without negatives is never asked.
+    assert asked == [[(query, texts) for query, texts, _ in LISTS[:2]]] * 7
+    logged, again = (
+        [entry for entry in trainer.state.log_history if "eval_ndcg@10" in entry] for trainer in (whole, resumed)
     )
-    trainer.train()
-    assert len(seen) == 2
-    assert len(set(seen)) == 1
-    logged = [entry for entry in trainer.state.log_history if "eval_ndcg@10" in entry]
-    assert [entry["step"] for entry in logged] == [2, 4]
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4, 5]
+    assert len({entry["eval_mean_margin"] for entry in logged}) == 5, "the model learns, and only the model changes"
+    for one, other in zip(logged, again, strict=True):
+        assert other["eval_mean_margin"] == pytest.approx(one["eval_mean_margin"], rel=1e-4)
     assert logged[0].keys() >= {"eval_pairwise_accuracy", "eval_mean_margin", "eval_mrr@10", "eval_ndcg@10"}

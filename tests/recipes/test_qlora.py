@@ -1,0 +1,126 @@
+"""Recipes that train a language model, with its base in 4 bits: what they train, and what they leave.
+
+bitsandbytes does it on the CPU as well. What is trained there is an adapter over rounded weights; what is left must be
+of use without them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rag_rl.tiny import FOLDER
+from tests.recipes.run_folders import largest_difference, leftovers_in, metrics_of, names_in, weights_in
+
+START = FOLDER / "reader"
+RANK = 4
+# Two steps of as little as there can be.
+BRIEF: dict[str, dict[str, Any]] = {
+    "sft_reasoner": {
+        "data_train_size": 6, "data_eval_size": 3, "reasoner_baselines": "[]", "reasoner_max_steps": 2,
+        "per_device_train_batch_size": 2,
+    },
+    "dpo_augmenter": {
+        "data_train_size": 6, "data_eval_size": 3, "preference_candidates": 3, "preference_batch_size": 6,
+        "augmenter_max_new_tokens": 8, "per_device_train_batch_size": 2,
+    },
+    "grpo_generator": {
+        "data_train_size": 8, "data_eval_size": 3, "per_device_train_batch_size": 8, "num_generations": 4,
+        "max_completion_length": 12, "headroom_samples": 0, "reward_names": "summing:digest", "reward_weights": 1.0,
+    },
+    "grpo_reasoner": {
+        "data_train_size": 4, "data_eval_size": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+        "num_generations": 4, "reasoner_max_steps": 2, "reasoner_baselines": "[]", "max_completion_length": 256,
+    },
+    "ppo_reasoner": {
+        "data_train_size": 8, "data_eval_size": 3, "per_device_train_batch_size": 4, "updates_per_round": 2,
+        "reasoner_max_steps": 2, "reasoner_baselines": "[]", "lora_target_modules": "all-linear",
+        "save_merged": "true",
+    },
+}  # fmt: skip
+
+# A reward that differs between any two completions, however short: there is something to learn in every group.
+SUMMING = """
+def digest(*, completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+"""
+
+
+@pytest.fixture
+def trained(run_here, short, monkeypatch, tmp_path) -> Callable[..., Path]:
+    """Runs a recipe with a quantised base, looks whether it was one, and gives the run folder."""
+    import bitsandbytes
+
+    import rag_rl.run
+
+    save, layers = rag_rl.run.save_trained, []
+
+    def look_and_save(trainer: Any, folder: Path, **options: Any) -> None:
+        layers.extend(module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit))
+        save(trainer, folder, **options)
+
+    def run(recipe: str, *flags: object, **changes: object) -> Path:
+        folder = tmp_path / "run"
+        words = short(**{"headroom_samples": None, "max_steps": 2, **BRIEF[recipe], **changes})
+        words += ["--use_peft", "true", "--load_in_4bit", "true", "--lora_r", str(RANK)]
+        assert run_here(recipe, *words, *flags, "--output_dir", folder) == 0
+        found = metrics_of(folder)
+        assert (found["status"], found["n_eval"]) == ("complete", 3)
+        assert layers, "the base was not in 4 bits"
+        assert {str(layer.weight.dtype) for layer in layers} == {"torch.uint8"}
+        return folder
+
+    (tmp_path / "summing.py").write_text(SUMMING)
+    monkeypatch.syspath_prepend(tmp_path)
+    # On some CPUs bitsandbytes 0.50 repacks weights when a model generates: no gradient comes through them then.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    monkeypatch.setattr(rag_rl.run, "save_trained", look_and_save)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(BRIEF))
+def test_merged_weights_are_those_of_the_whole_base_and_the_adapter(recipe, trained):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder = trained(recipe)
+    assert not [name for name in names_in(folder) if name.startswith("adapter")]
+    assert leftovers_in(folder) == []
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    plain, start = weights_in(folder), load_file(START / "model.safetensors")
+    assert {name: (weight.shape, weight.dtype) for name, weight in plain.items()} == {
+        name: (weight.shape, torch.float32) for name, weight in start.items()
+    }
+    moved = {name: plain[name] - weight for name, weight in start.items() if not plain[name].equal(weight)}
+    assert set(moved) == {name for name, weight in start.items() if weight.dim() == 2 and "embed" not in name}
+    # What was added is an adapter's: rounding the base to 4 bits would have changed it in every direction.
+    for name, change in moved.items():
+        assert change.abs().max() > 1e-5, name
+        assert torch.linalg.matrix_rank(change, rtol=1e-3) <= RANK, name
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert not getattr(loaded, "is_loaded_in_4bit", False)
+    assert largest_difference(loaded.state_dict(), plain) == 0
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_onto_the_whole_base(trained):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = trained("sft_reasoner", save_merged="false")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names_in(folder)
+    assert not {"model.safetensors", "config.json"} & names_in(folder)
+    base = AutoModelForCausalLM.from_pretrained(START)
+    model = PeftModel.from_pretrained(base, str(folder))
+    added = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    assert added
+    assert all(weight.is_floating_point() for weight in model.parameters())
+    assert all(weight.any() for weight in added.values()), "an adapter begins with nothing in its second half"
+    assert torch.isfinite(model(input_ids=torch.arange(3, 9)[None]).logits).all()

@@ -520,7 +520,7 @@ def start_run(
 
     training = next(instance for instance in instances if isinstance(instance, TrainingArguments))
     check_vllm(training)
-    check_sharding(training)
+    check_sharding(training, encoder=any(getattr(one, "trains_encoder", False) for one in instances))
     check_trackers(training.report_to)
     share_out_loaded_models(training, False)
     recipe = Path(recipe_file).stem

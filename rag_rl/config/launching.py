@@ -45,7 +45,7 @@ def check_vllm(training: Any) -> None:
         raise ConfigError(f"use_vllm needs a GPU, and {why}: leave use_vllm out, and transformers generates")
 
 
-def check_sharding(training: Any) -> None:
+def check_sharding(training: Any, *, encoder: bool = False) -> None:
     """Refuses launch files that a trainer does not go with.
 
     Encoders and rerankers are saved by sentence-transformers, which takes the weights that a process has; they are
@@ -54,6 +54,7 @@ def check_sharding(training: Any) -> None:
 
     Args:
         training: settings of a trainer.
+        encoder: whether the run trains an encoder beside what these settings are for.
 
     Raises:
         ConfigError: ZeRO-3 or FSDP for an encoder or a reranker; DeepSpeed or FSDP for PPO.
@@ -65,7 +66,8 @@ def check_sharding(training: Any) -> None:
             "PPO runs on one process or under DDP, not under DeepSpeed or FSDP: launch it with "
             "accelerate_configs/multi_gpu.yaml or multi_node.yaml, and with LoRA where the models do not fit"
         )
-    if hasattr(training, "router_mapping") and (fsdp or (plugin is not None and plugin.zero_stage == 3)):
+    encoder = encoder or hasattr(training, "router_mapping")
+    if encoder and (fsdp or (plugin is not None and plugin.zero_stage == 3)):
         raise ConfigError(
             "an encoder or a reranker is not shared out over processes (ZeRO-3, FSDP): launch it with "
             "accelerate_configs/multi_gpu.yaml, zero1.yaml or zero2.yaml"

@@ -71,7 +71,7 @@ def _prefixed() -> type[Any]:
         for one in dataclasses.fields(DistillationConfig)
         if one.init and one.name not in _OF_THE_RUN
     ]
-    made = dataclasses.make_dataclass("RetrieverTrainingArguments", found)
+    made = dataclasses.make_dataclass("RetrieverTrainingArguments", found, namespace={"trains_encoder": True})
     made.__module__ = __name__
     return made
 

@@ -11,6 +11,7 @@ import pytest
 
 from rag_rl.config import launching
 from rag_rl.config.launching import check_sharding, check_vllm, is_shared_out, share_out_loaded_models
+from rag_rl.config.self_boosting_arguments import RetrieverTrainingArguments
 from rag_rl.errors import ConfigError, MissingPackageError
 
 
@@ -125,6 +126,8 @@ def test_encoders_stay_whole(monkeypatch):
     check_sharding(SimpleNamespace(deepspeed_plugin=Zero3()))
     with pytest.raises(ConfigError, match=r"is not shared out over processes .* zero1.yaml or zero2.yaml"):
         check_sharding(SimpleNamespace(**of_encoders, deepspeed_plugin=Zero3()))
+    with pytest.raises(ConfigError, match="is not shared out over processes"):
+        check_sharding(SimpleNamespace(deepspeed_plugin=Zero3()), encoder=RetrieverTrainingArguments.trains_encoder)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="is not shared out over processes"):
         check_sharding(SimpleNamespace(**of_encoders, deepspeed_plugin=None))

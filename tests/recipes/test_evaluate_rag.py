@@ -168,6 +168,7 @@ def test_two_processes_share_the_work(tmp_path, evaluated):
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("24 questions.") == 1
+    assert metrics_of(folder)["num_processes"] == 2
     same = [{**row, "scores": {**row["scores"], "seconds": 0}} for row in rows_of(folder, "rows")]
     assert same == [{**row, "scores": {**row["scores"], "seconds": 0}} for row in rows_of(evaluated, "rows")]
 

@@ -115,12 +115,13 @@ def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(launch_recipe, brief, tmp_path):
+def test_two_processes(launch_recipe, brief, tmp_path, trained_run):
     folder = tmp_path / "run"
     flags = brief(max_steps=2, per_device_train_batch_size=4)
     done = launch_recipe(RECIPE, *flags, "--output_dir", folder, cwd=tmp_path)
     found = metrics_of(folder)
     assert (found["num_processes"], found["n_eval"], found["status"]) == (2, 12, "complete")
+    assert found["before"] == pytest.approx(metrics_of(trained_run)["before"], abs=1e-6)
     assert steps_of(folder) == [1, 2]
     assert "injected tokens of" in done.stderr
 

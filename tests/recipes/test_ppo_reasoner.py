@@ -113,12 +113,13 @@ def test_killed_and_resumed(kill_and_resume, brief, tmp_path):
 @pytest.mark.parametrize(
     "peft", [(), ("--use_peft", "true", "--lora_target_modules", "all-linear")], ids=["full", "lora"]
 )
-def test_two_processes(launch_recipe, brief, tmp_path, peft):
+def test_two_processes(launch_recipe, brief, tmp_path, peft, trained_run):
     folder = tmp_path / "run"
-    flags = brief(per_device_train_batch_size=8, data_eval_size=21)
+    flags = brief(per_device_train_batch_size=8)
     done = launch_recipe(RECIPE, *flags, *peft, "--output_dir", folder, cwd=tmp_path)
     found = metrics_of(folder)
-    assert (found["num_processes"], found["n_eval"]) == (2, 21)
+    assert (found["num_processes"], found["n_eval"]) == (2, 20)
+    assert found["before"] == pytest.approx(metrics_of(trained_run)["before"], abs=1e-6)
     assert steps_of(folder, "reward") == [1, 2, 3]
     assert done.stdout.count("held-out questions; trained") == 1
 

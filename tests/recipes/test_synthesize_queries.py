@@ -97,6 +97,7 @@ def test_two_processes_write_what_one_writes(run_here, launch_recipe, tmp_path):
     flags = ["--synthesis_passages", "22", "--synthesis_batch_size", "4"]
     assert run_here("synthesize_queries", *flags, "--output_dir", tmp_path / "alone") == 0
     done = launch_recipe("synthesize_queries", *flags, "--output_dir", tmp_path / "both", cwd=tmp_path)
+    assert all(f"process {number} of 2" in done.stderr for number in (1, 2))
     assert done.stdout.count("success@10") == 1, "one process prints"
     alone, both = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}

@@ -6,6 +6,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from rag_rl.config.trackers import TRACKERS
 from tests.recipes.run_folders import logged
@@ -26,11 +27,32 @@ RECIPES = {
         {"data_train_size": None, "synthesis_passages": 24, "per_device_train_batch_size": 8, "group_size": 4},
         {"loss"},
     ),
+    "grpo_reasoner": (
+        {**CHAINS, "per_device_train_batch_size": 4, "num_generations": 4, "data_train_size": 8},
+        {"reward", "loss"},
+    ),
+    "dpo_augmenter": (
+        {"data_train_size": 8, "preference_candidates": 3, "preference_batch_size": 8, "augmenter_max_new_tokens": 8}
+        | {"per_device_train_batch_size": 2},
+        {"loss", "rewards/margins"},
+    ),
+    "grpo_reranker": ({"per_device_train_batch_size": 4, "reranker_candidates": 5, "start_steps": 0}, {"reward"}),
 }
+# Its trainers are those of dpo_augmenter and distill_retriever, each with a folder of its own.
+IN_STEPS = {"self_boost"}
 
 
 def flags_of(settings: dict[str, object]) -> list[str]:
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def test_every_recipe_that_trains_is_here(load_recipe):
+    found = {
+        path.stem
+        for path in (Path(__file__).parents[2] / "recipes").glob("*.py")
+        if any(issubclass(one, TrainingArguments) for one in load_recipe(path.stem).ARGUMENTS)
+    }
+    assert found == {*RECIPES, *IN_STEPS}
 
 
 @pytest.mark.slow

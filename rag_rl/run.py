@@ -158,8 +158,10 @@ class Run:
         from rag_rl.evaluation.assembly import Assembly
         from rag_rl.evaluation.reasoning import ReasoningAssembly
         from rag_rl.evaluation.sampling import sample_statistics
+        from rag_rl.trainers.quantized_layers import keep_trainable
 
         share_out_loaded_models(self._training, False)
+        keep_trainable(trainer.model)
         if not (self.folder / "before.json").is_file():
             asking = assembly.under_training(trainer, batch_size=batch_size)
             started = time.time()
@@ -901,7 +903,8 @@ def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
         trainer.save_model(str(folder))
         with main_process_only() as main:
             if main:
-                merge_saved_adapter(folder, dtype=model.dtype)
+                loaded = getattr(trainer.args, "model_init_kwargs", None) or {}
+                merge_saved_adapter(folder, dtype=model.dtype, revision=loaded.get("revision"))
                 (folder / "training_args.bin").unlink(missing_ok=True)  # of save_model; merging in memory leaves none
         return
     with main_process_only() as main:
@@ -909,18 +912,21 @@ def save_trained(trainer: Any, folder: Path, *, merged: bool) -> None:
             model.merge_and_unload().save_pretrained(folder)
 
 
-def merge_saved_adapter(folder: Path, *, dtype: Any = None) -> None:
+def merge_saved_adapter(folder: Path, *, dtype: Any = None, revision: str | None = None) -> None:
     """Makes whole weights of a saved LoRA adapter and its base, in main memory.
 
     Args:
         folder: with the adapter, which the merged model replaces.
         dtype: of the weights; None for that of the base.
+        revision: of a base on the Hub; None for its main one.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = AutoModelForCausalLM.from_pretrained(content["base_model_name_or_path"], dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        content["base_model_name_or_path"], dtype=dtype, revision=revision or "main"
+    )
     merged: Any = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()  # type: ignore[operator]
     merged.save_pretrained(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

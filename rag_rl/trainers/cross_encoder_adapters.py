@@ -14,6 +14,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import nn
 
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.trainers.quantized_layers import keep_trainable
 
 # What heads are called; those of the model's own class are added.
 _HEADS = ("classifier", "score", "head", "lm_head", "qa_outputs")
@@ -73,11 +74,7 @@ def load_cross_encoder(
         )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"the cross-encoder {name} cannot be loaded: {error}") from error
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            # On some CPUs bitsandbytes 0.50 repacks weights for inference: rounded to bfloat16, so that other scores
-            # are measured than trained, and failing for widths that are no multiple of 64.
-            module.support_avx512bf16_for_cpu = False
+    keep_trainable(model)
     thaw_adapter(model)
     return model
 

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
 from rag_rl.errors import ConfigError, DataError
+from rag_rl.trainers.quantized_layers import keep_trainable
 from rag_rl.trainers.step_ppo_config import StepPPOConfig
 from rag_rl.trainers.step_ppo_models import NoModel, ValueModel
 
@@ -85,6 +86,7 @@ class PPOLoop(PPOTrainer):  # type: ignore[misc]
         args.total_episodes = args.total_updates * args.local_size * int(os.environ.get("WORLD_SIZE", "1"))
         _enable_checkpointing(policy, args)
         value_model = ValueModel(policy, peft_config)
+        keep_trainable(value_model)
         with (
             _mixed_precision(args),
             _replaced(ppo_trainer, "PolicyAndValueWrapper", _PolicyAndValue),

@@ -59,7 +59,7 @@ demo: $(RUN_STAMP)  ## install, train the tiny generator (minutes, no GPU), show
 	@echo "The curve:  runs/demo/curves.png"
 	@echo "The report: runs/demo/report.html (opens in any browser)"
 
-tour: $(RUN_STAMP)  ## train every part on the tiny world and compare the assemblies (half an hour, no GPU)
+tour: $(RUN_STAMP)  ## train every part on the tiny world and compare the assemblies (eight minutes on 2 cores, no GPU)
 	@$(PY) tools/tour.py $(ARGS)
 
 test: $(DEV_STAMP)  ## every test that needs no GPU, no network and no patience

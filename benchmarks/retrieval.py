@@ -252,7 +252,7 @@ def main() -> int:
     quick = given.quick
     parts: dict[str, Callable[[Path], bool]] = {
         "search": lambda folder: search(folder, 10_000 if quick else 100_000, given.pairs),
-        "chroma": lambda folder: chroma(folder, 2_000 if quick else 10_000, given.pairs),
+        "chroma": lambda folder: chroma(folder, 2_000 if quick else 100_000, given.pairs),
         "indexing": lambda folder: indexing(folder, 200 if quick else 1_000, given.pairs),
         "memory": lambda folder: memory(folder, (2_000, 20_000) if quick else (20_000, 200_000), 1 if quick else 3),
     }

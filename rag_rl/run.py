@@ -413,7 +413,7 @@ def launch(main: Callable[[], None]) -> None:
         with one_line_errors(program):
             _stop_in_one_line(main, program)
     except SystemExit as stopped:
-        end_processes(stopped.code if isinstance(stopped.code, int) else 1)
+        end_processes(stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None))
         raise
     except Exception:
         if _is_one_of_several():

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from torch import nn
 
 from rag_rl import run as runs
 from rag_rl.config.arguments import JudgeArguments
@@ -341,6 +342,7 @@ def test_rubrics_of_steps_are_kept_where_they_are_asked(tmp_path):
 
 
 QUESTIONS = [Question(f"q{i}", f"Who is {i}?", ("Mira",), gold_doc_ids=("d1",)) for i in range(3)]
+TRAINER = SimpleNamespace(model=nn.Linear(1, 1))
 RETRIEVER = StaticRetriever({}, default=[Passage("d2", "Rain."), Passage("d1", "Mira.")])
 
 
@@ -362,7 +364,7 @@ class Saying:
         self.answers, self.asked = answers, 0
 
     def under_training(self, trainer, *, batch_size):
-        assert (trainer, batch_size) == ("trainer", 8)
+        assert (trainer, batch_size) == (TRAINER, 8)
         self.asked += 1
         generator = ScriptedGenerator([f"Answer: {answer}" for answer in self.answers])
         return Assembly(retriever=RETRIEVER, generator=generator, top_k=2)
@@ -379,17 +381,17 @@ def test_baselines_are_measured_once_and_compared(tmp_path, capsys):
     run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
     start, good, bad = Saying("Mira", "Otto", "Otto"), Saying("Mira", "Mira", "Otto"), Saying("Otto", "Otto", "Otto")
     with pytest.raises(BackendError, match="gone"):
-        run.measure_before("trainer", start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": FailingPart()})
+        run.measure_before(TRAINER, start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": FailingPart()})
     # What was measured is kept, the model that training starts from included.
-    run.measure_before("trainer", start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": bad})
-    run.measure_before("trainer", start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": bad})
+    run.measure_before(TRAINER, start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": bad})
+    run.measure_before(TRAINER, start, QUESTIONS, batch_size=8, baselines={"good": good, "bad": bad})
     assert (start.asked, good.asked, bad.asked) == (1, 1, 1)
     stored = json.loads((tmp_path / "baselines.json").read_text())
     assert {name: found["metrics"]["em"] for name, found in stored.items()} == {"good": pytest.approx(2 / 3), "bad": 0}
     rows = [json.loads(line) for line in (tmp_path / "baseline_good.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in rows] == ["Mira", "Mira", "Otto"]
 
-    after = evaluate(Saying("Mira", "Mira", "Mira").under_training("trainer", batch_size=8), QUESTIONS)
+    after = evaluate(Saying("Mira", "Mira", "Mira").under_training(TRAINER, batch_size=8), QUESTIONS)
     run._store("after", after, 2.0, {})
     summary = run.write_results([])
     assert json.loads((tmp_path / "metrics.json").read_text()) == summary
@@ -415,7 +417,7 @@ def test_what_is_finished_is_measured_until_it_changes(tmp_path):
     def opening(*answers: str):
         def opened():
             asked.append(answers[0])
-            return Saying(*answers).under_training("trainer", batch_size=8)
+            return Saying(*answers).under_training(TRAINER, batch_size=8)
 
         return opened
 
@@ -436,10 +438,10 @@ def test_what_is_finished_is_measured_until_it_changes(tmp_path):
 
 def test_a_run_without_baselines_says_nothing_of_them(tmp_path):
     run = runs.Run(tmp_path, "r", "c", 1, None, {}, ())
-    run.measure_before("trainer", Saying("Mira", "Otto", "Otto"), QUESTIONS, batch_size=8)
+    run.measure_before(TRAINER, Saying("Mira", "Otto", "Otto"), QUESTIONS, batch_size=8)
     assert not (tmp_path / "baselines.json").exists()
     run._store(
-        "after", evaluate(Saying("Mira", "Mira", "Mira").under_training("trainer", batch_size=8), QUESTIONS), 2, {}
+        "after", evaluate(Saying("Mira", "Mira", "Mira").under_training(TRAINER, batch_size=8), QUESTIONS), 2, {}
     )
     summary = run.write_results([])
     assert not {"baselines", "over_baselines"} & set(summary)
@@ -794,6 +796,8 @@ def main():
     print("done", end=" ")
     if sys.argv[3] == "unknown":
         raise RuntimeError("unknown trouble")
+    if sys.argv[3] == "left":
+        sys.exit()
     if sys.argv[3] == "user":
         raise UserError("a wrong value")
 
@@ -810,7 +814,12 @@ finally:
 )
 @pytest.mark.parametrize(
     ("end", "code", "said"),
-    [("good", 0, ""), ("user", 2, "end.py: error: a wrong value"), ("unknown", 1, "RuntimeError: unknown trouble")],
+    [
+        ("good", 0, ""),
+        ("left", 0, ""),
+        ("user", 2, "end.py: error: a wrong value"),
+        ("unknown", 1, "RuntimeError: unknown trouble"),
+    ],
 )
 def test_one_of_several_processes_ends_without_taking_the_interpreter_down(tmp_path, how, printed, end, code, said):
     script = tmp_path / "end.py"

@@ -68,6 +68,7 @@ import json
 from types import SimpleNamespace
 
 from rag_rl.generation import PolicyGenerator
+from rag_rl.run import end_processes
 from rag_rl.tiny import FOLDER
 from rag_rl.trainers.step_grpo_trainer import StepGRPOTrainer
 
@@ -115,6 +116,7 @@ last = [ids[-1] for ids in generator.encode(asked)]
 told = gather_object([{"steps": steps, "answers": answers, "last": last}])
 if rank == 0:
     print("FOUND" + json.dumps({"told": told, "calls": Echo.calls, "budget": engine.max_completion_length}))
+end_processes(0)
 """
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from rag_rl.tiny import FOLDER
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
@@ -31,16 +29,6 @@ def without_keys(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def load(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(f"adapted_{name}", ROOT / "recipes" / f"{name}.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
 def test_every_endpoint_off_this_machine_says_that_it_wants_no_key():
     shown = [line for line in PAGE.splitlines() if "_base_url http" in line]
     assert sorted(ENDPOINTS) == ["generator", "reasoner"]
@@ -52,7 +40,7 @@ def test_every_endpoint_off_this_machine_says_that_it_wants_no_key():
 def test_a_model_behind_an_endpoint(part, without_keys):
     from rag_rl.config.assemblies import _generator, read_plan
 
-    recipe = load("evaluate_rag")
+    recipe = load(ROOT / "recipes" / "evaluate_rag.py")
     # The packaged default brings a generator, which a reasoner takes the place of.
     alone = ["--generator_model", "null"] if part == "reasoner" else []
     plan = read_plan(recipe.__file__, recipe.ARGUMENTS, argv=[*ENDPOINTS[part], *alone])

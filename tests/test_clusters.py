@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from rag_rl.config.memory import GIB
 from rag_rl.config.sizing import find_config, read_launch, size_config
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
@@ -115,16 +113,6 @@ class Shell:
 def shell(tmp_path) -> Shell:
     (tmp_path / "shell").mkdir()
     return Shell(tmp_path / "shell")
-
-
-def load(path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(f"of_page_{path.stem}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def check_launch(words: list[str], folder: Path) -> dict[str, Any]:

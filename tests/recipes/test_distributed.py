@@ -8,36 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rag_rl.tiny import FOLDER
 from tests.recipes.loopback import free_port
 from tests.recipes.run_folders import difference, metrics_of, steps_of
+from tests.recipes.two_steps import BRIEF, SUMMING
 
 ROOT = Path(__file__).parents[2]
-# Two steps of two rows a process, and as little of everything else as there can be.
-BRIEF: dict[str, dict[str, Any]] = {
-    "sft_reasoner": {
-        "data_train_size": 6, "data_eval_size": 3, "reasoner_baselines": "[]", "reasoner_max_steps": 2,
-        "per_device_train_batch_size": 2,
-    },
-    "dpo_augmenter": {
-        "data_train_size": 6, "data_eval_size": 3, "preference_candidates": 3, "preference_batch_size": 6,
-        "augmenter_max_new_tokens": 8, "per_device_train_batch_size": 2,
-    },
-    "grpo_generator": {
-        "data_train_size": 8, "data_eval_size": 3, "per_device_train_batch_size": 4, "num_generations": 4,
-        "max_completion_length": 12, "headroom_samples": 0, "reward_names": "summing:digest", "reward_weights": 1.0,
-    },
-}  # fmt: skip
-
-# A reward that differs between any two completions, however short: there is something to learn in every group.
-SUMMING = """
-def digest(*, completion_ids, **_):
-    return [float(sum(ids) % 7) for ids in completion_ids]
-"""
 
 
 def flags_of(short, recipe: str) -> list[str]:

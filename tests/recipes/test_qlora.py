@@ -15,23 +15,14 @@ import pytest
 
 from rag_rl.tiny import FOLDER
 from tests.recipes.run_folders import largest_difference, leftovers_in, metrics_of, names_in, weights_in
+from tests.recipes.two_steps import BRIEF as TWO_STEPS
+from tests.recipes.two_steps import SUMMING
 
 START = FOLDER / "reader"
 RANK = 4
-# Two steps of as little as there can be.
 BRIEF: dict[str, dict[str, Any]] = {
-    "sft_reasoner": {
-        "data_train_size": 6, "data_eval_size": 3, "reasoner_baselines": "[]", "reasoner_max_steps": 2,
-        "per_device_train_batch_size": 2,
-    },
-    "dpo_augmenter": {
-        "data_train_size": 6, "data_eval_size": 3, "preference_candidates": 3, "preference_batch_size": 6,
-        "augmenter_max_new_tokens": 8, "per_device_train_batch_size": 2,
-    },
-    "grpo_generator": {
-        "data_train_size": 8, "data_eval_size": 3, "per_device_train_batch_size": 8, "num_generations": 4,
-        "max_completion_length": 12, "headroom_samples": 0, "reward_names": "summing:digest", "reward_weights": 1.0,
-    },
+    **TWO_STEPS,
+    "grpo_generator": {**TWO_STEPS["grpo_generator"], "per_device_train_batch_size": 8},
     "grpo_reasoner": {
         "data_train_size": 4, "data_eval_size": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
         "num_generations": 4, "reasoner_max_steps": 2, "reasoner_baselines": "[]", "max_completion_length": 256,
@@ -42,12 +33,6 @@ BRIEF: dict[str, dict[str, Any]] = {
         "save_merged": "true",
     },
 }  # fmt: skip
-
-# A reward that differs between any two completions, however short: there is something to learn in every group.
-SUMMING = """
-def digest(*, completion_ids, **_):
-    return [float(sum(ids) % 7) for ids in completion_ids]
-"""
 
 
 @pytest.fixture

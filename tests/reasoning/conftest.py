@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from rag_rl.tiny import FOLDER
 from rag_rl.tiny.world import World, draw_world, questions
 from rag_rl.types import Hit, Passage, Query, Question
+from tests.loopback import ChatServer
 
 
 @dataclass
@@ -69,45 +68,27 @@ def gold_policy(tiny: Tiny) -> Callable[..., GoldPolicy]:
     return lambda **more: GoldPolicy(tiny, **more)
 
 
+class Replies(ChatServer):
+    """Answers a prompt by ``answer(prompt)`` and refuses it where that is None; keeps the prompts."""
+
+    def __init__(self, answer: Callable[[str], str | None]) -> None:
+        self.answer = answer
+        self.asked: list[str] = []
+        super().__init__()
+
+    def reply(self, body: dict[str, Any]) -> tuple[int, str]:
+        self.asked.append(body["messages"][-1]["content"])
+        text = self.answer(self.asked[-1])
+        return (400, "the content filter says no") if text is None else (200, text)
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[[Callable[[str], str | None]], tuple[str, list[str]]]]:
     """Starts servers: ``reply(text)`` answers a prompt, None refuses it. Gives the base URL and the prompts so far."""
-    servers = []
+    with ExitStack() as servers:
 
-    def start(reply: Callable[[str], str | None]) -> tuple[str, list[str]]:
-        asked: list[str] = []
+        def start(reply: Callable[[str], str | None]) -> tuple[str, list[str]]:
+            server = servers.enter_context(Replies(reply))
+            return server.url, server.asked
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-                asked.append(text)
-                said = reply(text)
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
-                body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                if said is None:
-                    body = {"error": {"message": "the content filter says no"}}
-                payload = json.dumps(body).encode()
-                try:
-                    self.send_response(400 if said is None else 200)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(payload)))
-                    self.end_headers()
-                    self.wfile.write(payload)
-                except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start

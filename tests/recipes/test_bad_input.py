@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rag_rl.types import Passage
-from tests.recipes.loopback import free_port
+from tests.loopback import free_port
 from tests.recipes.run_folders import metrics_of, steps_of, times_of, write_lines
 
 RECIPE = "grpo_generator"

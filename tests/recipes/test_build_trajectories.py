@@ -17,7 +17,7 @@ import pytest
 
 from rag_rl.reasoning import read_trajectories
 from rag_rl.tiny import FOLDER
-from tests.recipes.loopback import ChatServer
+from tests.loopback import ChatServer
 from tests.recipes.run_folders import read_lines, write_lines
 
 RECIPE = "build_trajectories"

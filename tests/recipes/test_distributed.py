@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rag_rl.tiny import FOLDER
-from tests.recipes.loopback import free_port
+from tests.loopback import free_port
 from tests.recipes.run_folders import difference, metrics_of, steps_of
 from tests.recipes.two_steps import BRIEF, SUMMING
 

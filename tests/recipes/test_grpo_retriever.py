@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rag_rl.tiny import FOLDER
-from tests.recipes.loopback import ChatServer, free_port
+from tests.loopback import ChatServer, free_port
 from tests.recipes.run_folders import difference, history_of, metrics_of, read_lines, rows_of, steps_of, write_lines
 
 RECIPE = "grpo_retriever"

@@ -26,7 +26,7 @@ from rag_rl.run import last_checkpoint, launch
 from rag_rl.tiny import FOLDER
 from rag_rl.tiny.oracle import OracleJudge
 from rag_rl.types import JudgeCase
-from tests.recipes.loopback import ChatServer, free_port
+from tests.loopback import ChatServer, free_port
 from tests.recipes.run_folders import logged, metrics_of, read_lines, rows_of
 
 ROOT = Path(__file__).parents[2]

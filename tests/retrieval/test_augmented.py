@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from rag_rl.retrieval import SentenceEncoder, build_index, open_index
 from rag_rl.retrieval.augmented import AUGMENTATION_PREFIX, AugmentedRetriever, mix_vectors, tune_weight
 from rag_rl.tiny import FOLDER
 from rag_rl.types import Passage, Query
+from tests.loopback import ChatServer
 
 AXES = {"q": [1.0, 0.0], "r": [0.0, 2.0]}
 
@@ -139,37 +138,24 @@ def encoder():
 TOWNS = ["Elmdaham lies on the Mira .", "Osgiton is known for wool ."]
 
 
+class Passages(ChatServer):
+    """Writes a passage for each query, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        super().__init__()
+
+    def reply(self, body: dict[str, Any]) -> tuple[int, str]:
+        self.asked.append(body["messages"][-1]["content"])
+        return 200, TOWNS["Osgiton" in self.asked[-1].rpartition("Query: ")[2]]
+
+
 @pytest.fixture
 def endpoint(monkeypatch):
     """A chat server on loopback with a passage for each query; gives its address and what it was asked."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body["messages"][-1]["content"])
-            query = asked[-1].rpartition("Query: ")[2]
-            message = {"role": "assistant", "content": TOWNS["Osgiton" in query]}
-            reply = json.dumps(
-                {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-            ).encode()  # fmt: skip
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    server.shutdown()
-    server.server_close()
+    with Passages() as server:
+        yield server.url, server.asked
 
 
 def test_published_use_ranks_the_diagonal_first_and_loads_each_model_once(endpoint, monkeypatch):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,7 +18,6 @@ from tests.loopback import ChatServer
 from tests.recipes.run_folders import read_lines, write_lines
 
 RECIPE = "build_trajectories"
-SCRIPT = Path(__file__).parents[2] / "recipes" / f"{RECIPE}.py"
 FILES = ["dpo.jsonl", "summary.json", "trajectories.jsonl", "trajectories_config.yaml"]
 
 
@@ -174,18 +170,10 @@ def test_a_teacher_that_goes_away_is_named_and_the_run_goes_on(run_here, refused
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_killed_and_started_again(asks, taught, tmp_path, run_recipe):
+def test_killed_and_started_again(asks, taught, tmp_path, kill_when, run_recipe):
     taught.pause = 0.1
     path = tmp_path / "run" / "trajectories.jsonl"
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, SCRIPT, *asks], stdout=log, stderr=log, cwd=tmp_path)
-        deadline = time.monotonic() + 240
-        while not (path.is_file() and len(path.read_bytes().splitlines()) >= 4):
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    kill_when(lambda: path.is_file() and path.read_bytes().count(b"\n") >= 4, RECIPE, *asks, cwd=tmp_path)
     left = path.read_bytes()
     done = {chain.question.qid for chain in read_trajectories(path, cut_end=True) if chain.state == "correct"}
     assert not (tmp_path / "run" / "summary.json").exists()

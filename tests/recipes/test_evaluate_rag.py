@@ -1,11 +1,6 @@
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -136,19 +131,11 @@ def test_a_half_written_run_as_a_part(refused, finished_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with(run_recipe, tmp_path):
+def test_killed_and_gone_on_with(kill_when, run_recipe, tmp_path):
     folder = tmp_path / "run"
-    recipe = Path(__file__).parents[2] / "recipes" / f"{RECIPE}.py"
-    flags = ["--data_eval_size", "400", "--evaluation_batch_size", "8", "--output_dir", str(folder)]
-    process = subprocess.Popen([sys.executable, str(recipe), *flags], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    flags = ["--data_eval_size", "400", "--evaluation_batch_size", "8", "--output_dir", folder]
     part = folder / ".rows.0.part"
-    deadline = time.monotonic() + 200
-    while not (part.is_file() and part.stat().st_size > 20_000):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_when(lambda: part.is_file() and part.stat().st_size > 20_000, RECIPE, *flags, cwd=tmp_path)
     known = part.read_bytes()
     assert 0 < known.count(b"\n") < 400
     done = run_recipe(RECIPE, *flags, cwd=tmp_path)
@@ -160,13 +147,9 @@ def test_killed_and_gone_on_with(run_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(tmp_path, evaluated):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"]
-    root = Path(__file__).parents[2]
+def test_two_processes_share_the_work(launch_recipe, tmp_path, evaluated):
     folder = tmp_path / "run"
-    command = [*launch, f"recipes/{RECIPE}.py", *SHORT, "--output_dir", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch_recipe(RECIPE, *SHORT, "--output_dir", folder, cwd=tmp_path)
     assert done.stdout.count("24 questions.") == 1
     assert metrics_of(folder)["num_processes"] == 2
     same = [{**row, "scores": {**row["scores"], "seconds": 0}} for row in rows_of(folder, "rows")]

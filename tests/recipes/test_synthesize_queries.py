@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,12 +12,12 @@ from rag_rl.data import load_corpus, load_questions
 from rag_rl.generation.synthesis import holds
 from rag_rl.tiny import FOLDER
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "synthesize_queries.py"
+RECIPE = "synthesize_queries"
 
 
 @pytest.mark.slow
 def test_tiny(run_recipe, tmp_path):
-    done = run_recipe("synthesize_queries", cwd=tmp_path)
+    done = run_recipe(RECIPE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "synthetic" / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
@@ -45,12 +40,12 @@ def test_a_csv_becomes_questions_for_another_recipe(run_here, short, tmp_path, c
         csv.writer(file).writerows([["name", "text"], *([p.doc_id, p.text] for p in passages)])
     flags = ["--data_corpus", tmp_path / "mine.csv", "--data_id_column", "name"]
     folder = tmp_path / "out"
-    assert run_here("synthesize_queries", *flags, "--synthesis_passages", 60, "--output_dir", folder) == 0
+    assert run_here(RECIPE, *flags, "--synthesis_passages", 60, "--output_dir", folder) == 0
     assert "success@10" in capsys.readouterr().out
     flags += ["--data_train", folder / "questions.jsonl", "--data_eval_size", 8, "--data_train_size", 24]
     short_flags = short(max_steps=1, headroom_samples=0, data_eval_size=None, data_train_size=None)
     config = tmp_path / "other.yaml"
-    tiny = (RECIPE.parent / "configs" / "grpo_generator" / "tiny.yaml").read_text()
+    tiny = (Path(__file__).parents[2] / "recipes" / "configs" / "grpo_generator" / "tiny.yaml").read_text()
     config.write_text("".join(line for line in tiny.splitlines(True) if not line.startswith("data_eval:")))
     flags = ["--config", config, *flags, *short_flags, "--output_dir", tmp_path / "run"]
     assert run_here("grpo_generator", *flags) == 0
@@ -64,30 +59,23 @@ def test_a_plain_corpus_of_texts(run_here, tmp_path):
     (tmp_path / "corpus.json").write_text(json.dumps(texts))
     flags = ["--data_corpus", tmp_path / "corpus.json", "--synthesis_writer", "sentences", "--with_answers", "false"]
     flags += ["--synthesis_check", "none", "--output_dir", tmp_path / "out"]
-    assert run_here("synthesize_queries", *flags) == 0
+    assert run_here(RECIPE, *flags) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["success@10"] > 0.8
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(run_here, tmp_path):
-    assert run_here("synthesize_queries", *FLAGS, "--output_dir", tmp_path / "whole") == 0
+def test_killed_and_started_again(run_here, kill_when, tmp_path):
+    assert run_here(RECIPE, *FLAGS, "--output_dir", tmp_path / "whole") == 0
     folder = tmp_path / "out"
-    command = [sys.executable, str(RECIPE), *FLAGS, "--output_dir", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ})
     rows = folder / "synthesis.jsonl"
-    for _ in range(24_000):
-        if process.poll() is not None or (rows.is_file() and rows.stat().st_size):
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    errors = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, errors
+    flags = [*FLAGS, "--output_dir", folder]
+    kill_when(lambda: rows.is_file() and rows.stat().st_size > 0, RECIPE, *flags, cwd=tmp_path)
     kept = rows.read_bytes()
     assert 0 < kept.count(b"\n") < 24
     assert not (folder / "queries.json").exists()
     # As a kill in the middle of a line would leave it.
     rows.write_bytes(kept[:-10])
-    assert run_here("synthesize_queries", *FLAGS, "--output_dir", folder) == 0
+    assert run_here(RECIPE, *FLAGS, "--output_dir", folder) == 0
     for name in ("queries.json", "questions.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -95,8 +83,8 @@ def test_killed_and_started_again(run_here, tmp_path):
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(run_here, launch_recipe, tmp_path):
     flags = ["--synthesis_passages", "22", "--synthesis_batch_size", "4"]
-    assert run_here("synthesize_queries", *flags, "--output_dir", tmp_path / "alone") == 0
-    done = launch_recipe("synthesize_queries", *flags, "--output_dir", tmp_path / "both", cwd=tmp_path)
+    assert run_here(RECIPE, *flags, "--output_dir", tmp_path / "alone") == 0
+    done = launch_recipe(RECIPE, *flags, "--output_dir", tmp_path / "both", cwd=tmp_path)
     assert all(f"process {number} of 2" in done.stderr for number in (1, 2))
     assert done.stdout.count("success@10") == 1, "one process prints"
     alone, both = (
@@ -109,9 +97,7 @@ def test_two_processes_write_what_one_writes(run_here, launch_recipe, tmp_path):
 def test_bad_input_is_one_line(refused, tmp_path):
     (tmp_path / "corpus.json").write_text('["a", 3]')
     output = ["--output_dir", tmp_path / "out"]
-    assert "item 2: must be text, got number 3" in refused(
-        "synthesize_queries", "--data_corpus", tmp_path / "corpus.json", *output
-    )
-    assert "there is no task 'nqq'" in refused("synthesize_queries", "--synthesis_task", "nqq", *output)
-    assert "set with_answers true" in refused("synthesize_queries", "--with_answers", "false", *output)
-    assert "unknown flag --learning_rate" in refused("synthesize_queries", "--learning_rate", 1, *output)
+    assert "item 2: must be text, got number 3" in refused(RECIPE, "--data_corpus", tmp_path / "corpus.json", *output)
+    assert "there is no task 'nqq'" in refused(RECIPE, "--synthesis_task", "nqq", *output)
+    assert "set with_answers true" in refused(RECIPE, "--with_answers", "false", *output)
+    assert "unknown flag --learning_rate" in refused(RECIPE, "--learning_rate", 1, *output)

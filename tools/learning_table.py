@@ -11,8 +11,9 @@
 Runs the tiny config exactly as shipped, once a seed, then with a constant reward where there is one. For the
 generator the first seed's trained model is asked again with a shuffled index and without any passage; for the
 retriever the config without history and the REPLUG baseline are run as well, for distillation contrastive training on
-the same queries; the reasoner is also trained from the cold start of the same seed, and measured against a trained
-generator. Finished runs are not run again. Prints rows for a table.
+the same queries, for the supervised reranker training on questions that were exchanged for one another; the reasoner
+is also trained from the cold start of the same seed, and measured against a trained generator. Finished runs are not
+run again. Prints rows for a table.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,7 +65,18 @@ FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "constant reward": ("--step_reward", "constant", "--max_steps", "8", *ONE_SHOT, *THREE),
     },
     "distill_retriever": {"contrastive": ("--distill_teacher", "none")},
+    "train_reranker": {"exchanged questions": ("--data_train", "{exchanged}")},
 }
+
+
+def exchange_questions(source: Path, target: Path) -> None:
+    """Writes a questions file in which each row has the question of another: gold that says nothing to learn from."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    asked = [row["question"] for row in rows]
+    random.Random(0).shuffle(asked)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({**row, "question": question}) for row, question in zip(rows, asked, strict=True)]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run(recipe: str, folder: Path, *flags: str) -> dict[str, Any]:
@@ -125,10 +138,12 @@ def main() -> None:
     metrics = METRICS[args.recipe]
     kinds: dict[str, tuple[str, ...]] = {"seed": (), **FURTHER.get(args.recipe, {})}
     lines, baselines = [], []
+    exchanged = args.out / "exchanged_1hop.jsonl"
+    exchange_questions(ROOT / "rag_rl" / "tiny" / "data" / "demo_1hop.jsonl", exchanged)
     for kind, flags in kinds.items():
         for seed in args.seeds if not args.only or kind in args.only else []:
             folder = args.out / f"{args.recipe}-{kind.replace(' ', '_').lower()}{seed}"
-            filled = [flag.format(out=args.out, seed=seed) for flag in flags]
+            filled = [flag.format(out=args.out, seed=seed, exchanged=exchanged) for flag in flags]
             summary = run(args.recipe, folder, "--seed", str(seed), *filled)
             lines.append(row(f"{kind} {seed}", summary, metrics))
             baselines += [

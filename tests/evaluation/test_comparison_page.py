@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from html import escape, unescape
 from pathlib import Path
@@ -17,18 +15,10 @@ import pytest
 from rag_rl.errors import DataError
 from rag_rl.evaluation.comparison import compare, open_sides
 from rag_rl.evaluation.comparison_page import chosen_flips, difference_in_words, write_comparison
+from tests.scripts import load
 
-
-def neighbour(name):
-    """Another test file of this folder, for what it makes."""
-    specification = importlib.util.spec_from_file_location(f"of_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-made, reports = neighbour("test_comparison"), neighbour("test_report")
+# Other test files of this folder, for what they make.
+made, reports = (load(Path(__file__).with_name(f"{name}.py")) for name in ("test_comparison", "test_report"))
 # Text and paper of what stands on the page, told with what the report's own probe tells.
 COLOURS = (
     "colours: ['body', 'h1', '.n', 'article'].map(s => { const c = getComputedStyle(doc.querySelector(s)); "

@@ -5,7 +5,7 @@ The second part is for files that test one recipe: they name it in RECIPE and sa
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
 import shutil
 import signal
@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from tests.recipes.run_folders import KEYS, RUN_FILES, SGD, leftovers_in, metrics_of, names_in, times_of
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -29,21 +30,9 @@ RECIPES = ROOT / "recipes"
 @pytest.fixture(scope="session")
 def load_recipe() -> Callable[[str], ModuleType]:
     """Imports recipes by name, each once."""
-    loaded: dict[str, ModuleType] = {}
-
-    def load(name: str) -> ModuleType:
-        if name not in loaded:
-            specification = importlib.util.spec_from_file_location(f"tested_{name}", RECIPES / f"{name}.py")
-            assert specification is not None
-            assert specification.loader is not None
-            module = importlib.util.module_from_spec(specification)
-            sys.modules[specification.name] = module  # where dataclasses and typing look a class's module up
-            specification.loader.exec_module(module)
-            loaded[name] = module
-        return loaded[name]
-
-    load("grpo_generator")  # here, not in a test: transformers' log handler keeps the stderr that it meets at import
-    return load
+    recipe = functools.cache(lambda name: load(RECIPES / f"{name}.py"))
+    recipe("grpo_generator")  # here, not in a test: transformers' log handler keeps the stderr that it meets at import
+    return recipe
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from rag_rl.errors import DataError
 from rag_rl.tiny import FOLDER
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]
 FLAGS = {
@@ -21,10 +21,7 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def tool():
-    specification = importlib.util.spec_from_file_location("cross_validation", ROOT / "tools" / "cross_validation.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load(ROOT / "tools" / "cross_validation.py")
 
 
 def row(qid: str, value: float, *gold: str) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]
 NEIGHBOUR = "grpo_generator"
@@ -26,11 +27,7 @@ if not (ROOT / "recipes" / "configs" / NEIGHBOUR / "tiny.yaml").is_file():
     pytest.skip("no recipes yet", allow_module_level=True)
 
 
-def load():
-    specification = importlib.util.spec_from_file_location("new_recipe", ROOT / "tools" / "new_recipe.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+TOOL = load(ROOT / "tools" / "new_recipe.py")
 
 
 @pytest.fixture
@@ -38,7 +35,7 @@ def project(tmp_path):
     """A copy of what a recipe touches, so that the test leaves the project alone."""
     for part in ("recipes", "tests/recipes"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("tests/conftest.py", "pyproject.toml"):
+    for file in ("tests/conftest.py", "tests/scripts.py", "tests/loopback.py", "pyproject.toml"):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "recipes" / "README.md").write_text(README)
     return tmp_path
@@ -50,7 +47,7 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_skeleton_passes_the_checks(project):
-    written = load().write_recipe(project, "grpo_cite", NEIGHBOUR)
+    written = TOOL.write_recipe(project, "grpo_cite", NEIGHBOUR)
     assert len(written) == 4
     checks = ["tests/recipes/test_anatomy.py", "tests/recipes/test_configs.py"]
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *checks, "-k", "grpo_cite", cwd=project)
@@ -63,7 +60,7 @@ def test_skeleton_passes_the_checks(project):
 
 
 def test_skeleton_says_that_it_is_one(project):
-    load().write_recipe(project, "grpo_cite", NEIGHBOUR)
+    TOOL.write_recipe(project, "grpo_cite", NEIGHBOUR)
     done = run("recipes/grpo_cite.py", cwd=project)
     assert done.returncode == 1
     assert "is a skeleton" in done.stderr.splitlines()[-1]
@@ -72,7 +69,7 @@ def test_skeleton_says_that_it_is_one(project):
 
 
 def test_row_stands_below_the_neighbours(project):
-    load().write_recipe(project, "grpo_cite", NEIGHBOUR)
+    TOOL.write_recipe(project, "grpo_cite", NEIGHBOUR)
     lines = (project / "recipes" / "README.md").read_text().splitlines()
     assert lines[5] == "| `grpo_cite.py` | (fill in) | (fill in) | not run yet |"
     assert [*lines[:5], *lines[6:]] == README.splitlines()
@@ -80,22 +77,19 @@ def test_row_stands_below_the_neighbours(project):
 
 @pytest.mark.parametrize("name", ["", "Cite", "grpo-cite", "1st", "../up", "grpo_cite.py"])
 def test_bad_names_are_refused(project, name):
-    module = load()
-    with pytest.raises(module.NewRecipeError, match="NAME must be"):
-        module.write_recipe(project, name, NEIGHBOUR)
+    with pytest.raises(TOOL.NewRecipeError, match="NAME must be"):
+        TOOL.write_recipe(project, name, NEIGHBOUR)
 
 
 def test_existing_names_are_refused(project):
-    module = load()
-    with pytest.raises(module.NewRecipeError, match=rf"{NEIGHBOUR}\.py.* already there"):
-        module.write_recipe(project, NEIGHBOUR, NEIGHBOUR)
+    with pytest.raises(TOOL.NewRecipeError, match=rf"{NEIGHBOUR}\.py.* already there"):
+        TOOL.write_recipe(project, NEIGHBOUR, NEIGHBOUR)
     assert (project / "recipes" / "README.md").read_text() == README
 
 
 def test_unknown_neighbour_is_refused(project):
-    module = load()
-    with pytest.raises(module.NewRecipeError, match=r"there are: .*grpo_generator"):
-        module.write_recipe(project, "grpo_cite", "grpo_nothing")
+    with pytest.raises(TOOL.NewRecipeError, match=r"there are: .*grpo_generator"):
+        TOOL.write_recipe(project, "grpo_cite", "grpo_nothing")
     assert not (project / "recipes" / "grpo_cite.py").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
 import re
 from pathlib import Path
 
@@ -11,16 +10,14 @@ import pytest
 import yaml
 
 import rag_rl
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def check():
-    specification = importlib.util.spec_from_file_location("release_check", ROOT / "tools" / "release_check.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load(ROOT / "tools" / "release_check.py")
 
 
 def test_our_changelog_passes(check):

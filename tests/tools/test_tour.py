@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,16 +16,9 @@ from rag_rl.config import read_arguments
 from rag_rl.data import load_corpus, load_questions
 from rag_rl.evaluation.scoring import mean_metrics, write_rows
 from rag_rl.tiny import FOLDER as TINY
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(path: Path):
-    specification = importlib.util.spec_from_file_location(f"tour_{path.stem}", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # where dataclasses and typing look a class's module up
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

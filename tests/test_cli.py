@@ -235,7 +235,7 @@ def test_doctor_says_how_a_models_config_is_fetched(capsys, monkeypatch):
     [
         (["--config", "grpo_generator/none"], "there is no such file"),
         (["--config", "evaluate_rag/tiny"], "evaluate_rag trains nothing"),
-        (["--config", "grpo_generator/tiny", "--launch", "none.yaml"], "is no launch file of accelerate"),
+        (["--config", "grpo_generator/tiny", "--launch", "none.yaml"], "--launch none.yaml: there is no such file"),
         (["--config", "grpo_generator/tiny", "--gpu_memory", "0"], "--gpu_memory must be above 0, got 0"),
         (["--gpu_memory", "24"], "--gpu_memory goes with --config"),
     ],

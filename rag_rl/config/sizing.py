@@ -236,7 +236,7 @@ def read_launch(path: str | None, processes: int | None = None) -> Launch:
         What it means for memory.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it is not there, or cannot be read.
     """
     if path is None:
         count = processes or 1
@@ -252,6 +252,8 @@ def read_launch(path: str | None, processes: int | None = None) -> Launch:
             stage = int(zero["stage"])
             name = f"{count} processes, ZeRO-{stage}{' with offload' if offload else ''}"
             return Launch(count, stage, deepspeed=True, offload=offload, name=name)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--launch {path}: there is no such file; see accelerate_configs/") from error
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"--launch {path} is no launch file of accelerate as in accelerate_configs/") from error
     if kind == "FSDP":

@@ -90,7 +90,7 @@ def test_what_is_no_launch_file(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match="is no launch file of accelerate"):
             read_launch(str(path))
-    with pytest.raises(ConfigError, match="is no launch file of accelerate"):
+    with pytest.raises(ConfigError, match="there is no such file; see accelerate_configs/"):
         read_launch(str(tmp_path / "none.yaml"))
 
 

@@ -65,14 +65,12 @@ def trained(run_here, short, monkeypatch, tmp_path) -> Callable[..., Path]:
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", sorted(BRIEF))
-def test_merged_weights_are_those_of_the_whole_base_and_the_adapter(recipe, trained):
+def check_merged(folder: Path) -> None:
+    """Asserts that the weights of a run are those of the whole base and of an adapter, and load as such."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    folder = trained(recipe)
     assert not [name for name in names_in(folder) if name.startswith("adapter")]
     assert leftovers_in(folder) == []
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
@@ -89,6 +87,51 @@ def test_merged_weights_are_those_of_the_whole_base_and_the_adapter(recipe, trai
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert not getattr(loaded, "is_loaded_in_4bit", False)
     assert largest_difference(loaded.state_dict(), plain) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(BRIEF))
+def test_merged_weights_are_those_of_the_whole_base_and_the_adapter(recipe, trained):
+    check_merged(trained(recipe))
+
+
+# The reward runs in the processes of the recipe: it tells how their layers are stored.
+LOOKING = """
+import gc
+import os
+
+import bitsandbytes
+
+
+def look(*, completion_ids, **_):
+    layers = [one for one in gc.get_objects() if isinstance(one, bitsandbytes.nn.Linear4bit)]
+    kinds = {(str(one.weight.dtype), hasattr(one.weight, "ds_id")) for one in layers}
+    with open(f"layers-{os.environ['RANK']}", "w") as file:
+        print(len(layers), sorted(kinds), file=file)
+    return [float(sum(ids) % 7) for ids in completion_ids]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero(stage, launch_recipe, short, tmp_path):
+    """Two processes under DeepSpeed; at stage 3 they share out the 4-bit weights as well."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'rag-rl[dev]'")
+    folder = tmp_path / "run"
+    (tmp_path / "looking.py").write_text(LOOKING)
+    brief = {**BRIEF["grpo_generator"], "per_device_train_batch_size": 4, "reward_names": "looking:look"}
+    flags = [*short(**{"max_steps": 2, **brief}), "--load_in_4bit", "true", "--lora_r", RANK]
+    environment = {"PYTHONPATH": str(tmp_path)}
+    launch_recipe(
+        "grpo_generator", *flags, "--output_dir", folder, config=f"zero{stage}", cwd=tmp_path, env=environment
+    )
+    found = metrics_of(folder)
+    assert (found["num_processes"], found["status"], found["n_eval"]) == (2, "complete", 3)
+    for rank in (0, 1):
+        number, kinds = (tmp_path / f"layers-{rank}").read_text().split(maxsplit=1)
+        assert int(number) > 0
+        assert kinds == f"[('torch.uint8', {stage == 3})]\n"
+    check_merged(folder)
 
 
 @pytest.mark.slow

@@ -356,17 +356,18 @@ def check_copy_elsewhere(request, run_recipe, brief, tmp_path) -> Callable[..., 
 def alone_and_both(request, run_recipe, launch_recipe, brief, tmp_path) -> Callable[..., tuple[Path, Path, str]]:
     """Trains in one process, and in two with half of each batch, by plain gradient descent.
 
-    ``alone_and_both(16, max_steps=5)`` gives both folders and what the two processes printed.
+    ``alone_and_both(16, max_steps=5)`` gives both folders and what the two processes printed; ``config`` is the
+    launch file of the two.
     """
 
-    def train(batch: int, **changes: object) -> tuple[Path, Path, str]:
+    def train(batch: int, config: str = "cpu_2proc", **changes: object) -> tuple[Path, Path, str]:
         recipe, same = request.module.RECIPE, {**SGD, **changes}
         alone, both = tmp_path / "alone", tmp_path / "both"
         flags = brief(**same, per_device_train_batch_size=batch)
         done = run_recipe(recipe, *flags, "--output_dir", alone, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         flags = brief(**same, per_device_train_batch_size=batch // 2)
-        done = launch_recipe(recipe, *flags, "--output_dir", both, cwd=tmp_path)
+        done = launch_recipe(recipe, *flags, "--output_dir", both, config=config, cwd=tmp_path)
         assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
         return alone, both, done.stdout
 

@@ -168,7 +168,8 @@ def test_accelerate_launch_without_arguments(check_plain_launch):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path, written):
+@pytest.mark.parametrize("config", ["cpu_2proc", "zero2"])
+def test_two_processes_do_what_one_does(config, run_recipe, launch_recipe, brief, tmp_path, written):
     """With plain gradient descent, which shows a gradient that is off by a factor."""
     same = {**SGD, "max_steps": 2, "data_eval_size": 21, "ranking_temperature": 0.1, "data_train": written}
     alone, both = tmp_path / "alone", tmp_path / "both"
@@ -176,7 +177,7 @@ def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     del same["data_train"]  # they write their queries themselves: the same ones
     flags = [*brief(**same, per_device_train_batch_size=4), "--output_dir", both]
-    done = launch_recipe(RECIPE, *flags, cwd=tmp_path)
+    done = launch_recipe(RECIPE, *flags, config=config, cwd=tmp_path)
     assert (metrics_of(alone)["num_processes"], metrics_of(both)["num_processes"]) == (1, 2)
     for path in written.iterdir():
         if path.is_file() and path.suffix != ".yaml":

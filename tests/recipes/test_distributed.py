@@ -28,7 +28,7 @@ def flags_of(short, recipe: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("recipe", ["sft_reasoner", "dpo_augmenter", "grpo_generator"])
+@pytest.mark.parametrize("recipe", sorted(BRIEF))
 def test_zero(recipe, stage, launch_recipe, short, tmp_path):
     """As shipped, but on the CPU; the adapter of the tiny configs is merged into the base in the end."""
     from safetensors.torch import load_file

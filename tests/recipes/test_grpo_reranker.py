@@ -141,9 +141,10 @@ def test_killed_and_resumed(run_recipe, kill_and_resume, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(alone_and_both):
+@pytest.mark.parametrize("config", ["cpu_2proc", "zero2"])
+def test_two_processes_do_what_one_does(config, alone_and_both):
     # The rewards of both processes have one standard deviation.
-    alone, both, _ = alone_and_both(8, max_steps=3, data_eval_size=21, start_steps=0, scale_rewards="batch")
+    alone, both, _ = alone_and_both(8, config, max_steps=3, data_eval_size=21, start_steps=0, scale_rewards="batch")
     for when in ("before", "after"):
         assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-4)
     moved, apart = difference(FOLDER / "encoder", alone, prefix="model."), difference(alone, both)

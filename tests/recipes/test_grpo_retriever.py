@@ -179,9 +179,12 @@ def test_killed_and_resumed(run_recipe, kill_when, brief, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(alone_and_both):
+@pytest.mark.parametrize("config", ["cpu_2proc", "zero2"])
+def test_two_processes_do_what_one_does(config, alone_and_both):
     # The rewards of both processes have one standard deviation.
-    alone, both, printed = alone_and_both(16, max_steps=5, alpha=0.02, data_eval_size=21, scale_rewards="batch")
+    alone, both, printed = alone_and_both(
+        16, config, max_steps=5, alpha=0.02, data_eval_size=21, scale_rewards="batch"
+    )
     assert metrics_of(both)["n_eval"] == 21
     for when in ("before", "after"):
         assert metrics_of(both)[when] == pytest.approx(metrics_of(alone)[when], abs=1e-9)

@@ -23,10 +23,6 @@ RANK = 4
 BRIEF: dict[str, dict[str, Any]] = {
     **TWO_STEPS,
     "grpo_generator": {**TWO_STEPS["grpo_generator"], "per_device_train_batch_size": 8},
-    "grpo_reasoner": {
-        "data_train_size": 4, "data_eval_size": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
-        "num_generations": 4, "reasoner_max_steps": 2, "reasoner_baselines": "[]", "max_completion_length": 256,
-    },
     "ppo_reasoner": {
         "data_train_size": 8, "data_eval_size": 3, "per_device_train_batch_size": 4, "updates_per_round": 2,
         "reasoner_max_steps": 2, "reasoner_baselines": "[]", "lora_target_modules": "all-linear",

@@ -162,7 +162,8 @@ def test_a_step_that_comes_out_otherwise_redoes_what_comes_after(copied, run_her
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_path):
+@pytest.mark.parametrize("config", ["cpu_2proc", "zero2"])
+def test_two_processes_do_what_one_does(config, run_recipe, launch_recipe, brief, tmp_path):
     """With plain gradient descent, which shows a gradient that is off by a factor.
 
     Nothing is kept, so that both teach and learn from the same: what a trained augmenter writes may differ by a word.
@@ -174,7 +175,7 @@ def test_two_processes_do_what_one_does(run_recipe, launch_recipe, brief, tmp_pa
     done = run_recipe(RECIPE, *brief(**same, **batches), "--output_dir", alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     halves = {name: size // 2 for name, size in batches.items()}
-    done = launch_recipe(RECIPE, *brief(**same, **halves), "--output_dir", both, cwd=tmp_path)
+    done = launch_recipe(RECIPE, *brief(**same, **halves), "--output_dir", both, config=config, cwd=tmp_path)
     assert [metrics_of(folder)["num_processes"] for folder in (alone, both)] == [1, 2]
     assert done.stdout.count("held-out questions; trained") == 3, "one process prints: of each step, and of the run"
     for name in (

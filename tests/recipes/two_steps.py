@@ -18,6 +18,10 @@ BRIEF: dict[str, dict[str, Any]] = {
         "data_train_size": 8, "data_eval_size": 3, "per_device_train_batch_size": 4, "num_generations": 4,
         "max_completion_length": 12, "headroom_samples": 0, "reward_names": "summing:digest", "reward_weights": 1.0,
     },
+    "grpo_reasoner": {
+        "data_train_size": 4, "data_eval_size": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+        "num_generations": 4, "reasoner_max_steps": 2, "reasoner_baselines": "[]", "max_completion_length": 256,
+    },
 }  # fmt: skip
 
 # A reward that differs between any two completions, however short: there is something to learn in every group.

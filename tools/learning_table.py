@@ -35,10 +35,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "sft_reasoner": ("em", "f1", "format", "searches"),
     "ppo_reasoner": ("em", "f1", "format", "searches"),
     "grpo_reasoner": ("em", "f1", "format", "searches"),
-    **dict.fromkeys(
-        ("train_reranker", "grpo_reranker", "dpo_augmenter", "distill_retriever", "self_boost"),
-        ("ndcg@10", "mrr@10", "recall@10"),
-    ),
+    **dict.fromkeys(("train_reranker", "grpo_reranker"), ("ndcg@10", "mrr@10", "pairwise_accuracy")),
+    **dict.fromkeys(("dpo_augmenter", "distill_retriever", "self_boost"), ("ndcg@10", "mrr@10", "recall@10")),
 }
 SHORT = ("--max_steps", "30")
 # One question, asked once, of a generator that was trained to answer so: a chain has to beat it as well.

@@ -267,6 +267,8 @@ def check_metrics(request) -> Callable[..., dict[str, Any]]:
         assert set(found) == KEYS | set(more)
         assert (found["recipe"], found["config"], found["seed"]) == (request.module.RECIPE, config, 42)
         assert (found["status"], found["n_eval"], found["num_processes"]) == ("complete", n_eval, 1)
+        shown = load(ROOT / "tools" / "learning_table.py").METRICS[request.module.RECIPE]
+        assert set(shown) <= set(found["ci95"]), "what the learning table shows"
         return found
 
     return check

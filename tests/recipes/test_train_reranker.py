@@ -141,7 +141,7 @@ def test_a_generator_reads_what_a_finished_run_ranks_first(trained_run, finished
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_2proc", "zero2"])
+@pytest.mark.parametrize("config", ["multi_gpu", "zero2"])
 def test_two_processes_do_what_one_does(config, alone_and_both):
     alone, both, _ = alone_and_both(16, config, max_steps=5, data_eval_size=21, data_train_size=120)
     assert metrics_of(both)["n_eval"] == 21

@@ -327,6 +327,7 @@ def _fitting(
     chains: Sequence[StepTrajectory], prompts: StepPrompts, tokenizer: Any, most: int | None
 ) -> list[dict[str, Any]]:
     """The examples that TRL will neither cut nor drop."""
+    from rag_rl.generation.transformers_generator import expect_long_texts
     from rag_rl.reasoning import END_STATES, sft_examples
 
     rows = sft_examples(chains, prompts=prompts, states=END_STATES)
@@ -336,6 +337,7 @@ def _fitting(
     if most is None or not rows:
         return rows
     wholes = [row["prompt"] + row["completion"] for row in rows]
+    expect_long_texts(tokenizer)
     if prompts.chat:
         encoded = tokenizer.apply_chat_template(wholes, tokenize=True, return_dict=False)
     else:

@@ -244,6 +244,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, generator_type:
         raise ConfigError(
             "the tokenizer has no chat template, but the prompts are chat turns: use generator_type base"
         )
+    expect_long_texts(tokenizer)
     encoded: list[list[int]] = [[] for _ in prompts]
     if chats:
         rows = tokenizer.apply_chat_template(
@@ -258,6 +259,18 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, generator_type:
         for i, ids in zip(plain, rows, strict=True):
             encoded[i] = list(ids)
     return encoded
+
+
+def expect_long_texts(tokenizer: Any) -> None:
+    """Keeps a tokenizer from warning of texts that are longer than its model's context.
+
+    For who tokenises to look at the lengths and cuts what is too long: transformers' warning of indexing errors to
+    come would be wrong.
+
+    Args:
+        tokenizer: of transformers, changed.
+    """
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def prompt_limit(model: Any, max_new_tokens: int, max_prompt_tokens: int | None = None) -> int | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -373,3 +374,22 @@ class TestFromPretrained:
         with pytest.raises(DataError, match=r"adapter_config\.json"):
             TransformersGenerator.from_pretrained(str(path))
         shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[2] * 40, [{"role": "user", "content": PROMPTS[2] * 40}]])
+def test_too_long_a_prompt_is_measured_without_a_warning_of_indexing_errors(fresh_model, tokenizer, prompt, caplog):
+    from transformers.utils import logging
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 64
+    tokenizer.deprecation_warnings.clear()
+    logging.enable_propagation()
+    try:
+        assert TransformersGenerator(fresh_model, tokenizer).encode([prompt])[0][64:]
+        assert "longer than the specified maximum" not in caplog.text
+        # What it would say otherwise, of the same text.
+        tokenizer.deprecation_warnings.clear()
+        tokenizer(PROMPTS[2] * 40)
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        logging.disable_propagation()

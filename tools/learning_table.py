@@ -11,9 +11,9 @@
 Runs the tiny config exactly as shipped, once a seed, then with a constant reward where there is one. For the
 generator the first seed's trained model is asked again with a shuffled index and without any passage; for the
 retriever the config without history and the REPLUG baseline are run as well, for distillation contrastive training on
-the same queries, for the supervised reranker training on questions that were exchanged for one another; the reasoner
-is also trained from the cold start of the same seed, and measured against a trained generator. Finished runs are not
-run again. Prints rows for a table.
+the same queries, for the supervised reranker training on labels that were drawn by lot; the reasoner is also trained
+from the cold start of the same seed, and measured against a trained generator. Finished runs are not run again. Prints
+rows for a table.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from rag_rl.data import PairRow
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -63,18 +65,46 @@ FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "constant reward": ("--step_reward", "constant", "--max_steps", "8", *ONE_SHOT, *THREE),
     },
     "distill_retriever": {"contrastive": ("--distill_teacher", "none")},
-    "train_reranker": {"exchanged questions": ("--data_train", "{exchanged}")},
+    "train_reranker": {
+        "drawn labels": ("--train_file", "{out}/drawn/train.jsonl", "--valid_file", "{out}/drawn/valid.jsonl")
+    },
 }
 
 
-def exchange_questions(source: Path, target: Path) -> None:
-    """Writes a questions file in which each row has the question of another: gold that says nothing to learn from."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    asked = [row["question"] for row in rows]
-    random.Random(0).shuffle(asked)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({**row, "question": question}) for row, question in zip(rows, asked, strict=True)]
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def settings_of(folder: Path, *kinds: type[Any]) -> list[Any]:
+    """The settings of a finished run, one dataclass each."""
+    import yaml
+
+    settings = yaml.safe_load((folder / "resolved_config.yaml").read_text(encoding="utf-8"))
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
+    return [
+        kind(**{name: value for name, value in settings.items() if name in own})
+        for kind, own in zip(kinds, names, strict=True)
+    ]
+
+
+def draw_labels(rows: Iterable[PairRow]) -> list[PairRow]:
+    """The same lists of documents, with one of each, drawn by lot, as its only positive."""
+    lots, drawn = random.Random(0), []
+    for row in rows:
+        listed = [*row.positives, *row.negatives]
+        chosen = listed.pop(lots.randrange(len(listed)))
+        drawn.append(dataclasses.replace(row, positives=(chosen,), negatives=tuple(listed)))
+    return drawn
+
+
+def write_drawn(folder: Path, target: Path, seed: int) -> None:
+    """Mines the rows of a finished run of train_reranker again, and writes them with drawn labels to learn from."""
+    from rag_rl.config.arguments import DataArguments, RetrieverArguments
+    from rag_rl.config.reranker_arguments import RerankerArguments
+    from rag_rl.config.rerankers import build_pairs
+    from rag_rl.data import write_pairs
+
+    reranker, data, retriever = settings_of(folder, RerankerArguments, DataArguments, RetrieverArguments)
+    rows, held_out = build_pairs(reranker, data, retriever, seed=seed)
+    target.mkdir(parents=True, exist_ok=True)
+    write_pairs(target / "train.jsonl", draw_labels(rows))
+    write_pairs(target / "valid.jsonl", held_out)
 
 
 def run(recipe: str, folder: Path, *flags: str) -> dict[str, Any]:
@@ -96,19 +126,15 @@ def row(name: str, summary: dict[str, Any], metrics: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} | {summary['n_eval']} | {summary['train_seconds']:.0f} |"
 
 
-def controls(folder: Path) -> dict[str, dict[str, float]]:
+def controls(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Metrics of a finished run's model on its held-out questions, with other passages and with none."""
-    import yaml
-
     from rag_rl.ask import open_run
     from rag_rl.config.arguments import DataArguments
     from rag_rl.config.parts import build_questions
     from rag_rl.evaluation.scoring import evaluate
 
-    settings = yaml.safe_load((folder / "resolved_config.yaml").read_text())
-    names = {field.name for field in dataclasses.fields(DataArguments)}
-    data = DataArguments(**{name: value for name, value in settings.items() if name in names})
-    _, held_out = build_questions(data, seed=settings["seed"])
+    (data,) = settings_of(folder, DataArguments)
+    _, held_out = build_questions(data, seed=seed)
     changes: dict[str, dict[str, Any]] = {
         "as trained": {},
         "shuffled index": {"retriever_shuffled": True},
@@ -136,12 +162,15 @@ def main() -> None:
     metrics = METRICS[args.recipe]
     kinds: dict[str, tuple[str, ...]] = {"seed": (), **FURTHER.get(args.recipe, {})}
     lines, baselines = [], []
-    exchanged = args.out / "exchanged_1hop.jsonl"
-    exchange_questions(ROOT / "rag_rl" / "tiny" / "data" / "demo_1hop.jsonl", exchanged)
+    first = args.out / f"{args.recipe}-seed{args.seeds[0]}"
     for kind, flags in kinds.items():
-        for seed in args.seeds if not args.only or kind in args.only else []:
+        if args.only and kind not in args.only:
+            continue
+        if kind == "drawn labels":
+            write_drawn(first, args.out / "drawn", args.seeds[0])
+        for seed in args.seeds:
             folder = args.out / f"{args.recipe}-{kind.replace(' ', '_').lower()}{seed}"
-            filled = [flag.format(out=args.out, seed=seed, exchanged=exchanged) for flag in flags]
+            filled = [flag.format(out=args.out, seed=seed) for flag in flags]
             summary = run(args.recipe, folder, "--seed", str(seed), *filled)
             lines.append(row(f"{kind} {seed}", summary, metrics))
             baselines += [
@@ -151,7 +180,7 @@ def main() -> None:
     print(f"| run | {' | '.join(metrics)} | n | train s |\n|{'---|' * (len(metrics) + 3)}")
     print("\n".join(lines + baselines))
     if args.recipe == "grpo_generator":
-        for name, found in controls(args.out / f"grpo_generator-seed{args.seeds[0]}").items():
+        for name, found in controls(first, args.seeds[0]).items():
             print(f"{name}: " + "  ".join(f"{metric} {found[metric]:.3f}" for metric in metrics))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from rag_rl.tiny import FOLDER
 from tests.loopback import free_port
-from tests.recipes.run_folders import difference, metrics_of, steps_of
+from tests.recipes.run_folders import difference, history_of, metrics_of, steps_of
 from tests.recipes.two_steps import BRIEF, SUMMING
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,31 @@ def test_zero(recipe, config, launch_recipe, short, tmp_path):
     }
     assert difference(FOLDER / "reader", folder) > 1e-5
     assert not (folder / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_goes_on_under_zero3(launch_recipe, short, tmp_path):
+    """From the first of three checkpoints: the steps after it have the losses that they had."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'rag-rl[dev]'")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    changes = {**BRIEF["sft_reasoner"], "max_steps": 3, "save_steps": 1, "save_total_limit": 3}
+    flags = short(**{"headroom_samples": None, **changes})
+    launch_recipe("sft_reasoner", *flags, "--output_dir", whole, config="zero3", cwd=tmp_path)
+    # As if it had been killed in its second step.
+    later = shutil.ignore_patterns("checkpoint-*", "metrics.json", "*.safetensors", "trainer_state.json")
+    shutil.copytree(whole, stopped, ignore=later)
+    shutil.copytree(whole / "checkpoint-1", stopped / "checkpoint-1")
+    # What only the checkpoint says: the first step is not done again.
+    state = json.loads((stopped / "checkpoint-1" / "trainer_state.json").read_text())
+    state["log_history"][0]["loss"] = 123.0
+    (stopped / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
+    flags += ["--resume_from_checkpoint", "true"]
+    launch_recipe("sft_reasoner", *flags, "--output_dir", stopped, config="zero3", cwd=tmp_path)
+    assert steps_of(stopped) == [1, 2, 3]
+    losses = [row["loss"] for row in history_of(whole)]
+    assert [row["loss"] for row in history_of(stopped)] == pytest.approx([123.0, *losses[1:]])
+    assert metrics_of(stopped)["before"] == metrics_of(whole)["before"]
+    assert difference(whole, stopped) < 1e-4 * difference(FOLDER / "reader", whole)
 
 
 # ---- nodes

@@ -1,16 +1,17 @@
-"""The learning tables: each control has flags that its recipe takes; exchanged questions; a row by hand."""
+"""The learning tables: each control has flags that its recipe takes; drawn labels; a row by hand."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from rag_rl.config import read_arguments
+from rag_rl.data import PairRow
 from rag_rl.errors import ConfigError
-from rag_rl.tiny import FOLDER
+from rag_rl.types import Passage
 from tests.scripts import load
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def test_all_recipes_that_train_and_no_others_have_a_table():
 
 @pytest.mark.parametrize(("recipe", "kind"), CONTROLS)
 def test_the_flags_of_a_control_are_the_recipe_s(recipe, kind):
-    flags = [flag.format(out="runs", seed=1, exchanged="q.jsonl") for flag in TOOL.FURTHER[recipe][kind]]
+    flags = [flag.format(out="runs", seed=1) for flag in TOOL.FURTHER[recipe][kind]]
     path = ROOT / "recipes" / f"{recipe}.py"
     arguments = load(path).ARGUMENTS
     read_arguments(path, *arguments, argv=[*flags, "--seed", "1"])
@@ -36,14 +37,17 @@ def test_the_flags_of_a_control_are_the_recipe_s(recipe, kind):
         read_arguments(path, *arguments, argv=[*flags, "--seeed", "1"])
 
 
-def test_exchanged_questions(tmp_path):
-    source = FOLDER / "data" / "demo_1hop.jsonl"
-    TOOL.exchange_questions(source, tmp_path / "new" / "q.jsonl")
-    old, new = ([json.loads(line) for line in path.open()] for path in (source, tmp_path / "new" / "q.jsonl"))
-    same = sum(a["question"] == b["question"] for a, b in zip(old, new, strict=True))
-    assert same < 0.02 * len(old)
-    assert sorted(row.pop("question") for row in old) == sorted(row.pop("question") for row in new)
-    assert new == old, "nothing else is touched"
+def test_drawn_labels():
+    documents = [Passage(f"d{i}", f"text {i}") for i in range(6)]
+    rows = [PairRow(f"q{i}", tuple(documents[:1]), tuple(documents[1:]), meta={"n": i}) for i in range(300)]
+    drawn = TOOL.draw_labels(rows)
+    assert [(row.query, row.meta) for row in drawn] == [(row.query, row.meta) for row in rows]
+    for row in drawn:
+        assert len(row.positives) == 1
+        assert sorted(one.doc_id for one in (*row.positives, *row.negatives)) == [one.doc_id for one in documents]
+    # Each document is as likely as any other; the bounds are over four standard deviations away.
+    counts = Counter(row.positives[0].doc_id for row in drawn)
+    assert all(20 < counts[one.doc_id] < 80 for one in documents)
 
 
 def test_a_row():

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -26,6 +26,7 @@ from rag_rl.config.arguments import (
     RetrieverArguments,
     RewardArguments,
 )
+from rag_rl.config.parsing import fill
 from rag_rl.errors import BackendError, ConfigError, RunFolderError
 from rag_rl.text import normalize_answer
 from rag_rl.types import Hit, Question
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from rag_rl.evaluation import Answered, Assembly, ReasoningAssembly
     from rag_rl.evaluation.measuring import SearchOnly
 
-T = TypeVar("T")
 NEEDS_GOLD = frozenset({"em", "f1", "contains_em", "citation", "judged", "constant"})
 
 
@@ -159,7 +159,7 @@ def open_run(folder: str | Path, *, device: str | None = None, **changed: Any) -
     if "generator_prompt" not in settings:
         raise RunFolderError(f"{folder} is a run of {settings.get('recipe')}, which trains no generator")
     return Answerer(
-        _open_generator(folder, settings, device), *_gold_free_rewards(settings, _fill(GeneratorArguments, settings))
+        _open_generator(folder, settings, device), *_gold_free_rewards(settings, fill(GeneratorArguments, settings))
     )
 
 
@@ -187,8 +187,8 @@ def _open_reasoner(folder: Path, settings: Mapping[str, Any], device: str | None
     from rag_rl.config.parts import build_step_setup
     from rag_rl.evaluation.reasoning import ReasoningAssembly
 
-    reasoner_args = _fill(ReasonerArguments, settings)
-    setup = build_step_setup(reasoner_args, _fill(RetrieverArguments, settings), _fill(DataArguments, settings))
+    reasoner_args = fill(ReasonerArguments, settings)
+    setup = build_step_setup(reasoner_args, fill(RetrieverArguments, settings), fill(DataArguments, settings))
     return ReasoningAssembly(setup).reloaded(folder, device=device, batch_size=reasoner_args.reasoner_eval_batch_size)
 
 
@@ -197,15 +197,15 @@ def _open_generator(folder: Path, settings: Mapping[str, Any], device: str | Non
     from rag_rl.evaluation.assembly import Assembly
     from rag_rl.generation.transformers_generator import TransformersGenerator
 
-    generator_args = _fill(GeneratorArguments, settings)
-    retriever_args = _fill(RetrieverArguments, settings)
+    generator_args = fill(GeneratorArguments, settings)
+    retriever_args = fill(RetrieverArguments, settings)
     generator = TransformersGenerator.from_pretrained(
         str(folder), device=device, generator_type=generator_args.generator_type
     )
     budget = int(settings["max_completion_length"])
     limits = [generator_args.generator_max_prompt_tokens, generator.prompt_limit(budget)]
     return Assembly(
-        retriever=build_retriever(retriever_args, _fill(DataArguments, settings)),
+        retriever=build_retriever(retriever_args, fill(DataArguments, settings)),
         generator=generator,
         prompt=_kept_prompt(folder, generator_args.generator_prompt),
         answer_marker=generator_args.generator_answer_marker,
@@ -243,11 +243,6 @@ def _reply(answered: Answered, scores: Mapping[str, float]) -> Reply:
     return Reply(answered.answer, answered.generation.text, answered.asked.shown, scores)
 
 
-def _fill(kind: type[T], settings: Mapping[str, Any]) -> T:
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in settings.items() if name in names})
-
-
 def _kept_prompt(folder: Path, name: str) -> str:
     kept = folder / "prompts" / f"{Path(name).stem}.txt"
     return str(kept) if kept.is_file() else name
@@ -268,6 +263,6 @@ def _gold_free_rewards(
     }
     if not kept:
         return None, {}
-    args = dataclasses.replace(_fill(RewardArguments, settings), reward_names=list(kept), reward_required=[])
+    args = dataclasses.replace(fill(RewardArguments, settings), reward_names=list(kept), reward_required=[])
     training = SimpleNamespace(reward_weights=None, max_completion_length=settings["max_completion_length"])
     return build_rewards(args, generator_args, training).score, kept

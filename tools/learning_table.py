@@ -71,18 +71,6 @@ FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def settings_of(folder: Path, *kinds: type[Any]) -> list[Any]:
-    """The settings of a finished run, one dataclass each."""
-    import yaml
-
-    settings = yaml.safe_load((folder / "resolved_config.yaml").read_text(encoding="utf-8"))
-    names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
-    return [
-        kind(**{name: value for name, value in settings.items() if name in own})
-        for kind, own in zip(kinds, names, strict=True)
-    ]
-
-
 def draw_labels(rows: Iterable[PairRow]) -> list[PairRow]:
     """The same lists of documents, with one of each, drawn by lot, as its only positive."""
     lots, drawn = random.Random(0), []
@@ -93,15 +81,22 @@ def draw_labels(rows: Iterable[PairRow]) -> list[PairRow]:
     return drawn
 
 
-def write_drawn(folder: Path, target: Path, seed: int) -> None:
+def write_drawn(folder: Path, target: Path) -> None:
     """Mines the rows of a finished run of train_reranker again, and writes them with drawn labels to learn from."""
+    from rag_rl.ask import read_settings
+    from rag_rl.config import fill
     from rag_rl.config.arguments import DataArguments, RetrieverArguments
     from rag_rl.config.reranker_arguments import RerankerArguments
     from rag_rl.config.rerankers import build_pairs
     from rag_rl.data import write_pairs
 
-    reranker, data, retriever = settings_of(folder, RerankerArguments, DataArguments, RetrieverArguments)
-    rows, held_out = build_pairs(reranker, data, retriever, seed=seed)
+    settings = read_settings(folder)
+    rows, held_out = build_pairs(
+        fill(RerankerArguments, settings),
+        fill(DataArguments, settings),
+        fill(RetrieverArguments, settings),
+        seed=settings["seed"],
+    )
     target.mkdir(parents=True, exist_ok=True)
     write_pairs(target / "train.jsonl", draw_labels(rows))
     write_pairs(target / "valid.jsonl", held_out)
@@ -126,15 +121,16 @@ def row(name: str, summary: dict[str, Any], metrics: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} | {summary['n_eval']} | {summary['train_seconds']:.0f} |"
 
 
-def controls(folder: Path, seed: int) -> dict[str, dict[str, float]]:
+def controls(folder: Path) -> dict[str, dict[str, float]]:
     """Metrics of a finished run's model on its held-out questions, with other passages and with none."""
-    from rag_rl.ask import open_run
+    from rag_rl.ask import open_run, read_settings
+    from rag_rl.config import fill
     from rag_rl.config.arguments import DataArguments
     from rag_rl.config.parts import build_questions
     from rag_rl.evaluation.scoring import evaluate
 
-    (data,) = settings_of(folder, DataArguments)
-    _, held_out = build_questions(data, seed=seed)
+    settings = read_settings(folder)
+    _, held_out = build_questions(fill(DataArguments, settings), seed=settings["seed"])
     changes: dict[str, dict[str, Any]] = {
         "as trained": {},
         "shuffled index": {"retriever_shuffled": True},
@@ -167,7 +163,7 @@ def main() -> None:
         if args.only and kind not in args.only:
             continue
         if kind == "drawn labels":
-            write_drawn(first, args.out / "drawn", args.seeds[0])
+            write_drawn(first, args.out / "drawn")
         for seed in args.seeds:
             folder = args.out / f"{args.recipe}-{kind.replace(' ', '_').lower()}{seed}"
             filled = [flag.format(out=args.out, seed=seed) for flag in flags]
@@ -180,7 +176,7 @@ def main() -> None:
     print(f"| run | {' | '.join(metrics)} | n | train s |\n|{'---|' * (len(metrics) + 3)}")
     print("\n".join(lines + baselines))
     if args.recipe == "grpo_generator":
-        for name, found in controls(first, args.seeds[0]).items():
+        for name, found in controls(first).items():
             print(f"{name}: " + "  ".join(f"{metric} {found[metric]:.3f}" for metric in metrics))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rag_rl.config.parsing import (
     config_difference,
     config_source,
+    fill,
     one_line_errors,
     parse,
     read_arguments,
@@ -15,6 +16,7 @@ from rag_rl.config.parsing import (
 __all__ = [
     "config_difference",
     "config_source",
+    "fill",
     "one_line_errors",
     "parse",
     "read_arguments",

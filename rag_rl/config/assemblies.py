@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from rag_rl.config.arguments import (
     DataArguments,
@@ -23,7 +23,7 @@ from rag_rl.config.arguments import (
 )
 from rag_rl.config.assembly_arguments import AssemblyArguments, EvaluationArguments
 from rag_rl.config.augmenter_arguments import AugmenterArguments, AugmenterModelArguments
-from rag_rl.config.parsing import read_arguments, resolved
+from rag_rl.config.parsing import fill, read_arguments, resolved
 from rag_rl.config.parts import (
     build_corpus,
     build_judge,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from rag_rl.evaluation.scoring import Evaluable
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 ARGUMENTS = (
     EvaluationArguments,
@@ -291,15 +290,15 @@ def plan_assembly(given: Mapping[str, Any]) -> AssemblyPlan:
         or given.get("retriever_name", "none") != "none"
     )
     plan = AssemblyPlan(
-        evaluation=_filled(EvaluationArguments, values),
-        parts=_filled(AssemblyArguments, values),
-        data=_filled(DataArguments, values),
-        retriever=_filled(RetrieverArguments, values),
-        augmenter=_filled(AugmenterArguments, values),
-        augmenter_model=_filled(AugmenterModelArguments, values),
-        generator=_filled(GeneratorArguments, values),
-        reasoner=_filled(ReasonerArguments, values),
-        judge=_filled(JudgeArguments, values),
+        evaluation=fill(EvaluationArguments, values),
+        parts=fill(AssemblyArguments, values),
+        data=fill(DataArguments, values),
+        retriever=fill(RetrieverArguments, values),
+        augmenter=fill(AugmenterArguments, values),
+        augmenter_model=fill(AugmenterModelArguments, values),
+        generator=fill(GeneratorArguments, values),
+        reasoner=fill(ReasonerArguments, values),
+        judge=fill(JudgeArguments, values),
         searches=searches,
         given=frozenset(given),
         runs=runs,
@@ -585,11 +584,6 @@ def _inherited(
 def _part_of(run: str, part: str) -> str:
     """The folder of a part in a run that trained two."""
     return str(Path(expand(run)) / part)
-
-
-def _filled(kind: type[T], values: Mapping[str, Any]) -> T:
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def _without_defaults(kind: type[Any]) -> type[Any]:

@@ -31,11 +31,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, NoReturn, TypeVar, Union
 
 import yaml
 
 from rag_rl.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 # Names that transformers 5 or TRL 1.12 no longer know, and that old configs and tutorials still carry.
 _REMOVED = {
@@ -772,6 +774,28 @@ def without_secrets(words: Sequence[str]) -> list[str]:
         secret = _is_secret(flag.lstrip("-"))
         shown.append(f"{flag}={'...' if secret else _storable(value)}" if equals else flag)
     return shown
+
+
+def fill(kind: type[T], settings: Mapping[str, Any]) -> T:
+    """Makes a dataclass of those settings that are its own.
+
+    Args:
+        kind: the dataclass.
+        settings: values by name, for instance read back from a run folder; other names are passed over.
+
+    Returns:
+        An instance, with defaults for what is not among them.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Flags:
+        ...     top_k: int = 3
+        >>> fill(Flags, {"top_k": 5, "seed": 1})
+        Flags(top_k=5)
+    """
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in settings.items() if name in names})
 
 
 def config_difference(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rag_rl.config.arguments import DataArguments, RetrieverArguments
-from rag_rl.config.parsing import read_known
+from rag_rl.config.parsing import fill, read_known
 from rag_rl.errors import ConfigError
 from rag_rl.types import Retriever
-
-_Settings = TypeVar("_Settings", RetrieverArguments, DataArguments)
 
 
 def open_folder(
@@ -81,10 +79,10 @@ def open_settings(settings: Mapping[str, Any], *, devices: Sequence[str] = (), r
     from rag_rl.config.parts import build_retriever
     from rag_rl.retrieval import HistoryEncoder
 
-    args = _filled(RetrieverArguments, settings)
+    args = fill(RetrieverArguments, settings)
     if devices:
         args = dataclasses.replace(args, retriever_devices=list(devices))
-    retriever: Any = build_retriever(args, _filled(DataArguments, settings))
+    retriever: Any = build_retriever(args, fill(DataArguments, settings))
     if retriever is None:
         raise ConfigError("retriever_name is none: there is nothing to serve")
     if run is None or "retriever_train" not in settings:
@@ -108,8 +106,3 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or a value has the wrong type.
     """
     return read_known(path, (RetrieverArguments, DataArguments))
-
-
-def _filled(kind: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in settings.items() if name in names})
